@@ -1,0 +1,362 @@
+"""Targets: what a schedule may assume of the machine it is made for.
+
+A :class:`Target` joins a TVM target with the limits that schedules need (ISA features, vector width, registers, cores,
+cache sizes; for CUDA: architecture, shared memory, registers, SMs). Templates read limits from it and never from the
+host, so a schedule for one machine can be made, and its object code checked, on another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from attntune.errors import TargetError
+
+_KIB = 1024
+_MIB = 1024 * 1024
+
+#: ISA features that templates ask about, by the flag Linux prints in /proc/cpuinfo.
+_CPUINFO_FEATURES = {
+    "avx2": "avx2",
+    "fma": "fma",
+    "f16c": "f16c",
+    "avx512f": "avx512f",
+    "avx512bw": "avx512bw",
+    "avx512dq": "avx512dq",
+    "avx512vl": "avx512vl",
+    "avx512_bf16": "avx512bf16",
+    "avx512_vnni": "avx512vnni",
+    "avx_vnni": "avxvnni",
+    "amx_tile": "amx-tile",
+    "amx_bf16": "amx-bf16",
+    "amx_int8": "amx-int8",
+    "asimd": "neon",
+    "asimddp": "dotprod",
+    "bf16": "bf16",
+    "sve": "sve",
+}
+
+_V3 = ("avx2", "f16c", "fma")
+_V4 = ("avx2", "avx512bw", "avx512dq", "avx512f", "avx512vl", "f16c", "fma")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine that schedules are made for.
+
+    Sizes are in bytes, ``vector_bits`` is the widest SIMD register that pays, ``cores`` is how many threads a kernel
+    uses. Two targets with the same :meth:`key` share tuning records.
+    """
+
+    kind: str
+    """``"cpu"`` or ``"cuda"``."""
+    name: str
+    """The preset or CPU name a person would say: ``znver4``, ``x86-64-v3``, ``sm_90a``."""
+    arch: str
+    """LLVM ``mcpu`` for CPUs, ``sm_…`` for CUDA."""
+    triple: str
+    """LLVM target triple of the host code."""
+    features: tuple[str, ...] = ()
+    """ISA features the compiled code may use, sorted."""
+    vector_bits: int = 128
+    vector_registers: int = 16
+    cores: int = 1
+    logical_cores: int = 1
+    l1d_bytes: int = 32 * _KIB
+    l2_bytes: int = 512 * _KIB
+    l3_bytes: int = 8 * _MIB
+    shared_memory_bytes: int = 0
+    """CUDA only: shared memory one thread block may use."""
+    registers_per_block: int = 0
+    """CUDA only: 32-bit registers one thread block may use."""
+    sm_count: int = 0
+    """CUDA only: streaming multiprocessors."""
+
+    def key(self) -> str:
+        """Identity in a database: kind, architecture and thread count, e.g. ``cpu/znver4/2``."""
+        return f"{self.kind}/{self.arch}/{self.cores if self.kind == 'cpu' else self.sm_count}"
+
+    def has(self, *features: str) -> bool:
+        """Whether every named ISA feature is available."""
+        return all(feature in self.features for feature in features)
+
+    def lanes(self, dtype: str = "float32") -> int:
+        """Elements of ``dtype`` in one vector register."""
+        return self.vector_bits // dtype_bits(dtype)
+
+    def with_cores(self, cores: int) -> Target:
+        """The same machine limited to ``cores`` threads."""
+        if cores < 1:
+            raise TargetError(f"expected at least 1 core, got {cores}")
+        return dataclasses.replace(self, cores=cores, logical_cores=max(cores, self.logical_cores))
+
+    def to_tvm(self) -> Any:
+        """The ``tvm.target.Target`` that code is generated for."""
+        import tvm
+
+        if self.kind == "cuda":
+            return tvm.target.Target(
+                {
+                    "kind": "cuda",
+                    "arch": self.arch,
+                    "max_shared_memory_per_block": self.shared_memory_bytes,
+                    "max_threads_per_block": 1024,
+                    "thread_warp_size": 32,
+                },
+                host={"kind": "llvm", "mtriple": self.triple},
+            )
+        return tvm.target.Target({"kind": "llvm", "mcpu": self.arch, "mtriple": self.triple, "num-cores": self.cores})
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, JSON-ready."""
+        return {**dataclasses.asdict(self), "features": list(self.features)}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Target:
+        """Inverse of :meth:`to_json`; raises :class:`TargetError` naming a missing or unknown field."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := set(fields) - known:
+            raise TargetError(f"unknown target fields {sorted(unknown)}; expected a subset of {sorted(known)}")
+        try:
+            return cls(**{**fields, "features": tuple(fields.get("features", ()))})
+        except TypeError as error:
+            raise TargetError(f"incomplete target {dict(fields)}: {error}") from None
+
+    @classmethod
+    def parse(cls, text: str | Target | Mapping[str, Any]) -> Target:
+        """Read a target from ``native``, a preset, a preset with options, or a TVM target string or dict.
+
+        Args:
+            text: ``"native"``; a preset such as ``"znver4"``; options after commas, ``"znver4,cores=8"``; a TVM
+                target as JSON or dict, ``'{"kind": "llvm", "mcpu": "skylake-avx512", "num-cores": 4}'``; or the
+                older dashed form, ``"llvm -mcpu=skylake-avx512 -num-cores=4"``.
+
+        Raises:
+            TargetError: naming the presets, when nothing matches.
+        """
+        if isinstance(text, Target):
+            return text
+        if isinstance(text, Mapping):
+            return _from_tvm_fields(text)
+        stripped = text.strip()
+        if stripped.startswith("{"):
+            try:
+                return _from_tvm_fields(json.loads(stripped))
+            except json.JSONDecodeError as error:
+                raise TargetError(f"malformed target JSON {text!r}: {error}") from None
+        if stripped.split(" ")[0] in ("llvm", "cuda"):
+            return _from_tvm_fields(_dashed(stripped))
+        name, *options = stripped.split(",")
+        base = native() if name == "native" else PRESETS.get(name)
+        if base is None:
+            raise TargetError(
+                f"unknown target {name!r}; expected 'native', one of {', '.join(sorted(PRESETS))}, "
+                'or a TVM target such as \'{"kind": "llvm", "mcpu": "skylake-avx512"}\''
+            )
+        for option in options:
+            base = _with_option(base, option)
+        return base
+
+
+def dtype_bits(dtype: str) -> int:
+    """Bits of one element of ``dtype`` (``float32`` → 32)."""
+    digits = "".join(c for c in dtype if c.isdigit())
+    if not digits:
+        raise TargetError(f"expected a sized dtype such as 'float32', got {dtype!r}")
+    return int(digits)
+
+
+def _with_option(base: Target, option: str) -> Target:
+    field, _, value = option.partition("=")
+    field = field.strip()
+    if field == "cores" and value.strip().isdigit() and int(value) > 0:
+        return base.with_cores(int(value))
+    raise TargetError(f"unknown target option {option!r}; expected 'cores=<positive number>'")
+
+
+def _dashed(text: str) -> dict[str, Any]:
+    kind, *words = text.split()
+    fields: dict[str, Any] = {"kind": kind}
+    for word in words:
+        name, sep, value = word.removeprefix("-").partition("=")
+        if not word.startswith("-") or not sep:
+            raise TargetError(f"malformed TVM target {text!r}: expected '-option=value', got {word!r}")
+        fields[name] = int(value) if value.isdigit() else value
+    return fields
+
+
+def _from_tvm_fields(fields: Mapping[str, Any]) -> Target:
+    kind = fields.get("kind")
+    if kind not in ("llvm", "cuda"):
+        raise TargetError(f"expected a TVM target of kind 'llvm' or 'cuda', got kind {kind!r} in {dict(fields)}")
+    if kind == "cuda":
+        arch = str(fields.get("arch", "sm_80"))
+        if arch not in PRESETS:
+            raise TargetError(f"unknown CUDA arch {arch!r}; expected one of {[n for n in PRESETS if n[:3] == 'sm_']}")
+        return PRESETS[arch]
+    triple = str(fields.get("mtriple", "")) or host_triple()
+    mcpu = str(fields.get("mcpu", "")) or ("generic" if triple.startswith("aarch64") else "x86-64")
+    base = PRESETS.get(mcpu) or _from_llvm(mcpu, triple)
+    cores = int(fields.get("num-cores", base.cores))
+    return dataclasses.replace(base, triple=triple).with_cores(cores)
+
+
+def _from_llvm(mcpu: str, triple: str) -> Target:
+    """Limits of a CPU that only LLVM knows: ask it which features ``mcpu`` implies."""
+    import tvm
+
+    try:
+        probe = tvm.target.Target({"kind": "llvm", "mcpu": mcpu, "mtriple": triple})
+        names = tvm.get_global_func("target.llvm_get_cpu_archlist")(probe)
+        if mcpu not in {str(name) for name in names}:
+            raise TargetError(
+                f"unknown mcpu {mcpu!r} for {triple}; expected one LLVM knows, such as {sorted(map(str, names))[-5:]}"
+            )
+        llvm_features = {str(name) for name in tvm.get_global_func("target.llvm_get_cpu_features")(probe)}
+    except TargetError:
+        raise
+    except Exception as error:  # TVM raises many kinds
+        raise TargetError(f"TVM rejects mcpu {mcpu!r} with triple {triple!r}: {error}") from None
+    features = tuple(sorted(set(_CPUINFO_FEATURES.values()) & llvm_features))
+    bits, registers = vector_shape(features)
+    return Target("cpu", mcpu, mcpu, triple, features, bits, registers, cores=1)
+
+
+def vector_shape(features: tuple[str, ...]) -> tuple[int, int]:
+    """Vector width in bits and architectural vector registers implied by ISA features."""
+    if "avx512f" in features:
+        return 512, 32
+    if "avx2" in features:
+        return 256, 16
+    if "neon" in features:
+        return 128, 32
+    return 128, 16
+
+
+def host_triple() -> str:
+    """LLVM triple of the machine this process runs on."""
+    machine = platform.machine().lower()
+    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+    return f"{machine}-unknown-linux-gnu" if platform.system() == "Linux" else f"{machine}-apple-darwin"
+
+
+def _x86(name: str, features: tuple[str, ...], cores: int, l1: int, l2: int, l3: int, mcpu: str | None = None) -> Target:
+    bits, registers = vector_shape(features)
+    return Target(
+        "cpu", name, mcpu or name, "x86_64-unknown-linux-gnu", tuple(sorted(features)), bits, registers, cores, cores,
+        l1 * _KIB, l2 * _KIB, l3 * _MIB,
+    )  # fmt: skip
+
+
+def _cuda(name: str, shared_kib: int, sms: int) -> Target:
+    return Target(
+        "cuda", name, name, "x86_64-unknown-linux-gnu", shared_memory_bytes=shared_kib * _KIB,
+        registers_per_block=65536, sm_count=sms, l1d_bytes=shared_kib * _KIB, l2_bytes=40 * _MIB, l3_bytes=0,
+    )  # fmt: skip
+
+
+#: Targets by name. Shared memory is the opt-in limit of one thread block.
+PRESETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        _x86("x86-64-v3", _V3, 4, 32, 256, 8),
+        _x86("x86-64-v4", _V4, 4, 32, 1024, 16),
+        _x86("znver4", (*_V4, "avx512bf16", "avx512vnni"), 8, 32, 1024, 32),
+        _x86(
+            "sapphirerapids",
+            (*_V4, "avx512bf16", "avx512vnni", "avxvnni", "amx-bf16", "amx-int8", "amx-tile"), 16, 48, 2048, 60,
+        ),  # fmt: skip
+        Target(
+            "cpu", "aarch64-neon", "neoverse-n1", "aarch64-unknown-linux-gnu", ("neon",), 128, 32, 4, 4,
+            64 * _KIB, 1024 * _KIB, 32 * _MIB,
+        ),  # fmt: skip
+        _cuda("sm_80", 163, 108),
+        _cuda("sm_90a", 227, 132),
+    )
+}
+
+
+def host_features() -> tuple[str, ...]:
+    """ISA features of this machine, from /proc/cpuinfo; needs neither TVM nor a compiler."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ()
+    for line in text.splitlines():
+        if line.split(":")[0].strip() in ("flags", "Features"):
+            flags = set(line.partition(":")[2].split())
+            return tuple(sorted(ours for theirs, ours in _CPUINFO_FEATURES.items() if theirs in flags))
+    return ()
+
+
+def available_cpus() -> tuple[int, ...]:
+    """CPUs this process may run on, one logical CPU for each physical core first."""
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    firsts, rest, seen = [], [], set()
+    for cpu in allowed:
+        try:
+            siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+        except OSError:
+            siblings = str(cpu)
+        (rest if siblings in seen else firsts).append(cpu)
+        seen.add(siblings)
+    return (*firsts, *rest)
+
+
+def physical_cores() -> int:
+    """Physical cores this process may run on."""
+    cpus = available_cpus()
+    groups = set()
+    for cpu in cpus:
+        try:
+            groups.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip())
+        except OSError:
+            groups.add(str(cpu))
+    return max(1, len(groups))
+
+
+def _cache_bytes(level: int, kind: str, fallback: int) -> int:
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            if int((index / "level").read_text()) == level and (index / "type").read_text().strip() in (kind, "Unified"):
+                size = (index / "size").read_text().strip()
+                return int(size[:-1]) * {"K": _KIB, "M": _MIB}[size[-1]]
+        except (OSError, ValueError, KeyError):
+            continue
+    return fallback
+
+
+@lru_cache(maxsize=1)
+def native() -> Target:
+    """The machine this process runs on, limited to the physical cores it may use."""
+    features = host_features()
+    bits, registers = vector_shape(features)
+    mcpu = _native_mcpu(features)
+    return Target(
+        "cpu", mcpu, mcpu, host_triple(), features, bits, registers, physical_cores(), len(available_cpus()),
+        _cache_bytes(1, "Data", 32 * _KIB), _cache_bytes(2, "Unified", 512 * _KIB), _cache_bytes(3, "Unified", 8 * _MIB),
+    )  # fmt: skip
+
+
+def _native_mcpu(features: tuple[str, ...]) -> str:
+    """LLVM's name for this CPU; the x86-64 level its features reach where LLVM only says 'generic'."""
+    try:
+        import tvm
+
+        name = str(tvm.get_global_func("target.llvm_get_system_cpu")())
+    except Exception:  # runtime-only installations have no LLVM
+        name = ""
+    if name and name not in ("generic", "x86-64"):
+        return name
+    if set(_V4) <= set(features):
+        return "x86-64-v4"
+    if set(_V3) <= set(features):
+        return "x86-64-v3"
+    return "generic" if "neon" in features else "x86-64"
