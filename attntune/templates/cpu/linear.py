@@ -1,0 +1,197 @@
+"""Linear on CPUs: a register tile over a weight packed into vector-wide panels.
+
+The weight is packed once to (out_features/lanes, in_features, lanes). A panel as wide as one vector register serves
+every tile width, so all kernels that share a weight share one copy of it.
+
+Loop nest, outermost first:
+
+    parallel  column tiles          tile_columns wide; each core streams its own panels
+    serial    row tiles             tile_rows high, split into a main part and a tail by loop partition
+    serial    in_features           k_unroll at a time
+    unrolled  tile_rows × tile_columns/lanes accumulators, in registers
+
+Ladder (rows 128, in 384, out 1536, float32; 2 cores of Zen 4, measured peak 215 GFLOP/s):
+
+    plain TE, parallel + vectorised                          about  20 GFLOP/s
+    + weight packed to the tile's width, 8×32 register tile        205
+    + panels one vector wide (shared by all tiles)                 205   (no loss, so layouts never conflict)
+    + row tail by loop partition, rows 197: 200 → 213
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from attntune.ops.linear import Linear
+from attntune.ops.workload import TensorSpec, Workload
+from attntune.search.space import Config, ConfigSpace, Knob
+from attntune.target import Target
+from attntune.templates.template import Packing, ScheduleTemplate
+
+_ROW_TILES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16)
+_COLUMN_VECTORS = (1, 2, 3, 4, 6)
+
+
+class LinearCPU(ScheduleTemplate):
+    """Register-tiled matrix product with the epilogue applied while the tile is in registers."""
+
+    op: ClassVar[str] = "linear"
+    kind: ClassVar[str] = "cpu"
+
+    def space(self, workload: Workload, target: Target) -> ConfigSpace:
+        """Tile height and width in registers, reduction unrolling, and which loop is parallel."""
+        w = _linear(workload)
+        lanes = target.lanes(w.dtype)
+        vectors = math.ceil(w.out_features / lanes)
+        rows = tuple(t for t in _ROW_TILES if t <= w.rows) or (1,)
+        columns = tuple(v for v in _COLUMN_VECTORS if v <= vectors)
+        blocks = tuple(b for b in (0, 32, 64, 128, 256) if b == 0 or b < w.rows)
+        knobs = [
+            Knob("tile_rows", rows),
+            Knob("tile_vectors", columns),
+            Knob("k_unroll", (1, 2, 4, 8)),
+            Knob("row_block", blocks),
+        ]
+        accumulators = target.vector_registers - 2
+
+        def fits(config: Config) -> bool:
+            tile_rows, tile_vectors = config.integer("tile_rows"), config.integer("tile_vectors")
+            in_registers = tile_rows * tile_vectors + tile_vectors <= accumulators + 2
+            block = config.integer("row_block")
+            unrolled = tile_rows * tile_vectors * config.integer("k_unroll") <= 256
+            return in_registers and unrolled and (block == 0 or block >= tile_rows)
+
+        return ConfigSpace(knobs, [fits])
+
+    def default(self, workload: Workload, target: Target) -> Config:
+        """The tile with the best ratio of multiply-adds to loads, then the least waste in tails."""
+        w = _linear(workload)
+        lanes = target.lanes(w.dtype)
+        space = self.space(workload, target)
+
+        def cost(config: Config) -> tuple[float, str]:
+            rows, vectors = config.integer("tile_rows"), config.integer("tile_vectors")
+            tiles = math.ceil(w.out_features / (vectors * lanes))
+            column_waste = tiles * vectors * lanes / w.out_features
+            imbalance = math.ceil(tiles / target.cores) * target.cores / tiles
+            if config.integer("row_block"):
+                row_blocks = math.ceil(w.rows / config.integer("row_block"))
+                work = tiles * row_blocks
+                imbalance = math.ceil(work / target.cores) * target.cores / work + 0.01
+            full, tail = divmod(w.rows, rows)
+            # A tile issues rows×vectors multiply-adds per (rows + vectors) loads; two loads hide behind one of them,
+            # and fewer than about eight chains leave the multiply-add latency exposed.
+            per_row = sum(_step_cost(height, vectors) for height in [rows] * full + ([tail] if tail else [])) / w.rows
+            per_element = per_row / vectors * column_waste * imbalance
+            return per_element * (1 + 0.01 * abs(config.integer("k_unroll") - 4)), config.key()
+
+        return min(space, key=cost)
+
+    def pack(self, workload: Workload, target: Target) -> Mapping[str, Packing]:
+        """Weight to (ceil(out_features/lanes), in_features, lanes), zero in the columns past out_features."""
+        w = _linear(workload)
+        lanes = target.lanes(w.dtype)
+        panels = math.ceil(w.out_features / lanes)
+
+        def apply(weight: np.ndarray) -> np.ndarray:
+            padded = np.zeros((panels * lanes, w.in_features), weight.dtype)
+            padded[: w.out_features] = weight
+            return np.ascontiguousarray(padded.reshape(panels, lanes, w.in_features).transpose(0, 2, 1))
+
+        return {"weight": Packing(TensorSpec("weight", (panels, w.in_features, lanes), w.dtype, constant=True), apply)}
+
+    def schedule(self, workload: Workload, target: Target, config: Config) -> Any:
+        """See the module's description of the loop nest."""
+        import tvm
+        from tvm import te
+        from tvm.s_tir import Schedule
+
+        w = _linear(workload)
+        lanes = target.lanes(w.dtype)
+        tile_rows, vectors = config.integer("tile_rows"), config.integer("tile_vectors")
+        weight = te.placeholder(self.pack(w, target)["weight"].spec.shape, w.dtype, "weight")
+        tensors = w.expression(weight, lambda j, k: weight[j // lanes, k, j % lanes])
+        function = te.create_prim_func(tensors).with_attr("global_symbol", "main")
+        sch = Schedule(tvm.IRModule({"main": function}))
+        matmul, y = sch.get_sblock("matmul"), sch.get_sblock("y")
+        sch.set_scope(matmul, 0, "local")
+
+        i, j = sch.get_loops(y)
+        column, vector, lane = sch.split(j, [None, vectors, lanes])
+        block_rows = config.integer("row_block")
+        if block_rows:
+            # Blocks are a multiple of the tile, so that only the last block of all has a tail.
+            block_rows = math.ceil(block_rows / tile_rows) * tile_rows
+            block, tile, row = sch.split(i, [None, block_rows // tile_rows, tile_rows])
+            sch.reorder(block, column, tile, row, vector, lane)
+            outer = sch.fuse(block, column)
+        else:
+            tile, row = sch.split(i, [None, tile_rows])
+            sch.reorder(column, tile, row, vector, lane)
+            outer = column
+        sch.compute_at(matmul, tile, preserve_unit_loops=True)
+        sch.vectorize(lane)
+        sch.unroll(vector)
+        sch.unroll(row)
+
+        m_row, m_column, m_k = sch.get_loops(matmul)[-3:]
+        m_vector, m_lane = sch.split(m_column, [None, lanes])
+        k_outer, k_inner = sch.split(m_k, [None, config.integer("k_unroll")])
+        sch.reorder(k_outer, k_inner, m_row, m_vector, m_lane)
+        sch.vectorize(m_lane)
+        sch.unroll(m_row)
+        sch.unroll(m_vector)
+        if w.in_features % config.integer("k_unroll"):
+            sch.annotate(k_outer, "pragma_loop_partition_hint", 1)
+        sch.unroll(k_inner)
+        sch.parallel(outer)
+        if w.rows % tile_rows:
+            sch.annotate(tile, "pragma_loop_partition_hint", 1)
+        init = sch.decompose_reduction(matmul, k_outer)
+        *_, i_row, i_vector, i_lane = sch.get_loops(init)
+        sch.vectorize(i_lane)
+        sch.unroll(i_vector)
+        sch.unroll(i_row)
+        return sch.mod
+
+    def features(self, workload: Workload, target: Target, config: Config) -> dict[str, float]:
+        """Knobs, registers in use, footprints per cache level, arithmetic intensity, tail waste and balance."""
+        w = _linear(workload)
+        lanes = target.lanes(w.dtype)
+        item = 4.0 if w.dtype == "float32" else 2.0
+        rows, vectors = config.integer("tile_rows"), config.integer("tile_vectors")
+        tiles = math.ceil(w.out_features / (vectors * lanes))
+        block = config.integer("row_block")
+        work = tiles * (math.ceil(w.rows / block) if block else 1)
+        panel = w.in_features * vectors * lanes * item
+        block_bytes = min(w.rows, block or w.rows) * w.in_features * item
+        return {
+            **super().features(workload, target, config),
+            "registers": (rows * vectors + vectors) / target.vector_registers,
+            "chains": float(rows * vectors),
+            "intensity": rows * vectors / (rows + vectors),
+            "panel_in_l1": panel / target.l1d_bytes,
+            "panel_in_l2": panel / target.l2_bytes,
+            "rows_in_l2": block_bytes / target.l2_bytes,
+            "row_tail": (w.rows % rows) / rows,
+            "column_waste": tiles * vectors * lanes / w.out_features,
+            "imbalance": math.ceil(work / target.cores) * target.cores / work,
+            "log_rows": math.log2(w.rows),
+            "log_in": math.log2(w.in_features),
+            "log_out": math.log2(w.out_features),
+        }
+
+
+def _step_cost(rows: int, vectors: int) -> float:
+    """Cycles, relative, of one reduction step of a tile."""
+    multiply_adds = rows * vectors
+    return max(multiply_adds, (rows + vectors) * 0.75, 8.0 if multiply_adds < 8 else 0.0) + 0.05 * (rows + vectors)
+
+
+def _linear(workload: Workload) -> Linear:
+    assert isinstance(workload, Linear), f"expected a Linear workload, got {workload}"
+    return workload
