@@ -1,0 +1,160 @@
+"""What every verb shares: ``--json``, ``--traceback``, error messages, and readings of common options."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attntune.errors import AttntuneError, InputError, ModelError
+
+if TYPE_CHECKING:
+    from attntune.models import Model
+
+TargetOption = Annotated[
+    str, typer.Option(help="native, a preset such as znver4, a preset with options (znver4,cores=8), or a TVM target.")
+]
+DatabaseOption = Annotated[Path, typer.Option(help="Tuning records, a JSON-lines file.")]
+ShapesOption = Annotated[str, typer.Option(help="Batch x sequence lengths, separated by commas: 1x128,8x128.")]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a verb answers: one JSON document, and the same for people."""
+
+    document: Any
+    text: str
+    exit_code: int = 0
+
+
+def command(verb: Callable[..., Reply]) -> Callable[..., None]:
+    """``verb`` as a typer command with ``--json`` and ``--traceback``.
+
+    Standard output carries the answer and nothing else; progress and errors go to standard error. An
+    :class:`AttntuneError` becomes its message and exit code 2; any other exception is a bug and keeps its traceback.
+    """
+    signature = inspect.signature(verb, eval_str=True)
+
+    @functools.wraps(verb)
+    def run(*, json_output: bool, traceback: bool, **arguments: Any) -> None:
+        try:
+            reply = verb(**arguments)
+        except AttntuneError as error:
+            if traceback:
+                raise
+            _report_error(error, json_output)
+            raise typer.Exit(2) from None
+        if json_output:
+            print(json.dumps(reply.document, indent=1, allow_nan=False, default=str))
+        elif reply.text:
+            print(reply.text)
+        sys.stdout.flush()
+        raise typer.Exit(reply.exit_code)
+
+    extra = [
+        _flag("json_output", "--json", "Print one JSON document on standard output."),
+        _flag("traceback", "--traceback", "Show where an error came from."),
+    ]
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()]
+    del run.__wrapped__  # type: ignore[attr-defined]
+    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*parameters, *extra], return_annotation=None
+    )
+    run.__annotations__ = {p.name: p.annotation for p in [*parameters, *extra]}
+    return run
+
+
+def _flag(name: str, option: str, text: str) -> inspect.Parameter:
+    annotation = Annotated[bool, typer.Option(option, help=text)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+
+
+def _report_error(error: AttntuneError, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
+    print(f"error: {error}", file=sys.stderr)
+
+
+def note(text: str) -> None:
+    """One line for people, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse_shapes(text: str) -> list[dict[str, int]]:
+    """``"1x128,8x128"`` as ``[{"batch": 1, "seq": 128}, {"batch": 8, "seq": 128}]``.
+
+    Raises:
+        InputError: naming the part that is not ``<batch>x<seq>`` with positive numbers.
+    """
+    shapes = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([1-9]\d*)\s*[x\u00d7]\s*([1-9]\d*)\s*", part)
+        if match is None:
+            raise InputError(f"expected shapes such as 1x128,8x128 (batch x sequence length), got {part!r} in {text!r}")
+        shapes.append({"batch": int(match[1]), "seq": int(match[2])})
+    return shapes
+
+
+def load_model(source: str) -> Model:
+    """The model in a Hugging Face style directory, or of a hub id.
+
+    Raises:
+        ModelError: when ``source`` looks like a path and nothing is there.
+    """
+    from attntune import models
+
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    path = Path(source).expanduser()
+    if looks_like_path and not path.exists():
+        raise ModelError(
+            f"expected a model directory with config.json and model.safetensors, found nothing at {source}"
+        )
+    return models.from_pretrained(path if path.exists() else source)
+
+
+def existing(path: Path, what: str, error: type[AttntuneError] = InputError) -> Path:
+    """``path``, or ``error`` saying that ``what`` was expected there."""
+    if not path.exists():
+        raise error(f"expected {what} at {path}, found nothing there")
+    return path
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Aligned plain text, the same in a terminal and in a pipe; numbers to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(headers), *cells]) for i in range(len(headers))]
+    numeric = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(headers))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True))
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(headers), line(["-" * w for w in widths]), *(line(row) for row in cells)])
+
+
+def _is_number(cell: str) -> bool:
+    return bool(re.fullmatch(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?( ?[%x×µmn]?s?)?|-|", cell))
+
+
+def seconds_text(secs: float | None) -> str:
+    """A duration for people: ``12.3 us``, ``4.56 ms``, ``1.20 s``; ``-`` when there is none."""
+    if secs is None or secs != secs or secs == float("inf"):
+        return "-"
+    for scale, unit in ((1e-6, "us"), (1e-3, "ms")):
+        if secs < 1000 * scale:
+            return f"{secs / scale:.3g} {unit}"
+    return f"{secs:.3g} s"
+
+
+def fields_text(fields: Mapping[str, object]) -> str:
+    """``name  value`` lines."""
+    width = max((len(name) for name in fields), default=0)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in fields.items())
