@@ -78,10 +78,11 @@ class Linear(Workload):
         weight = te.placeholder((self.out_features, self.in_features), self.dtype, "weight")
         return self.expression(weight, lambda j, k: weight[j, k])
 
-    def expression(self, weight: Any, element: Any) -> list[Any]:
+    def expression(self, weight: Any, element: Any, columns: int | None = None) -> list[Any]:
         """The definition over any layout of the weight: ``element(j, k)`` reads weight (out j, in k).
 
-        Templates call this with a packed placeholder; stages are named ``matmul`` and ``y``.
+        Templates call this with a packed placeholder; stages are named ``matmul`` and ``y``. ``columns`` is the width
+        of ``matmul`` where the layout is padded past out_features; ``y`` never is.
         """
         from tvm import te
 
@@ -90,7 +91,7 @@ class Linear(Workload):
         x = te.placeholder((self.rows, self.in_features), self.dtype, "x")
         k = te.reduce_axis((0, self.in_features), name="k")
         product = te.compute(
-            (self.rows, self.out_features), lambda i, j: te.sum(x[i, k] * element(j, k), axis=k), name="matmul"
+            (self.rows, columns or self.out_features), lambda i, j: te.sum(x[i, k] * element(j, k), axis=k), name="matmul"
         )
         operands = [x, weight]
         if self.bias:

@@ -33,7 +33,7 @@ from attntune.target import Target
 from attntune.templates.template import Packing, ScheduleTemplate
 
 _ROW_TILES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16)
-_COLUMN_VECTORS = (1, 2, 3, 4, 6)
+_COLUMN_VECTORS = (1, 2, 3, 4, 5, 6)
 
 
 class LinearCPU(ScheduleTemplate):
@@ -48,7 +48,7 @@ class LinearCPU(ScheduleTemplate):
         lanes = target.lanes(w.dtype)
         vectors = math.ceil(w.out_features / lanes)
         rows = tuple(t for t in _ROW_TILES if t <= w.rows) or (1,)
-        columns = tuple(v for v in _COLUMN_VECTORS if v <= vectors)
+        columns = tuple(v for v in _COLUMN_VECTORS if vectors % v == 0)
         blocks = tuple(b for b in (0, 32, 64, 128, 256) if b == 0 or b < w.rows)
         knobs = [
             Knob("tile_rows", rows),
@@ -113,44 +113,39 @@ class LinearCPU(ScheduleTemplate):
         w = _linear(workload)
         lanes = target.lanes(w.dtype)
         tile_rows, vectors = config.integer("tile_rows"), config.integer("tile_vectors")
-        weight = te.placeholder(self.pack(w, target)["weight"].spec.shape, w.dtype, "weight")
-        tensors = w.expression(weight, lambda j, k: weight[j // lanes, k, j % lanes])
+        panels = math.ceil(w.out_features / lanes)
+        weight = te.placeholder((panels, w.in_features, lanes), w.dtype, "weight")
+        tensors = w.expression(weight, lambda j, k: weight[j // lanes, k, j % lanes], columns=panels * lanes)
         function = te.create_prim_func(tensors).with_attr("global_symbol", "main")
         sch = Schedule(tvm.IRModule({"main": function}))
         matmul, y = sch.get_sblock("matmul"), sch.get_sblock("y")
         sch.set_scope(matmul, 0, "local")
 
-        i, j = sch.get_loops(y)
+        i, j, k = sch.get_loops(matmul)
         column, vector, lane = sch.split(j, [None, vectors, lanes])
-        block_rows = config.integer("row_block")
-        if block_rows:
+        k_outer, k_inner = sch.split(k, [None, config.integer("k_unroll")])
+        if config.integer("row_block"):
             # Blocks are a multiple of the tile, so that only the last block of all has a tail.
-            block_rows = math.ceil(block_rows / tile_rows) * tile_rows
-            block, tile, row = sch.split(i, [None, block_rows // tile_rows, tile_rows])
-            sch.reorder(block, column, tile, row, vector, lane)
+            tiles = math.ceil(config.integer("row_block") / tile_rows)
+            block, tile, row = sch.split(i, [None, tiles, tile_rows])
+            sch.reorder(block, column, tile, k_outer, k_inner, row, vector, lane)
             outer = sch.fuse(block, column)
         else:
             tile, row = sch.split(i, [None, tile_rows])
-            sch.reorder(column, tile, row, vector, lane)
+            sch.reorder(column, tile, k_outer, k_inner, row, vector, lane)
             outer = column
-        sch.compute_at(matmul, tile, preserve_unit_loops=True)
-        sch.vectorize(lane)
-        sch.unroll(vector)
-        sch.unroll(row)
+        sch.reverse_compute_at(y, tile, preserve_unit_loops=True)
+        y_row, y_column = sch.get_loops(y)[-2:]
+        y_vector, y_lane = sch.split(y_column, [None, lanes])
 
-        m_row, m_column, m_k = sch.get_loops(matmul)[-3:]
-        m_vector, m_lane = sch.split(m_column, [None, lanes])
-        k_outer, k_inner = sch.split(m_k, [None, config.integer("k_unroll")])
-        sch.reorder(k_outer, k_inner, m_row, m_vector, m_lane)
-        sch.vectorize(m_lane)
-        sch.unroll(m_row)
-        sch.unroll(m_vector)
-        if w.in_features % config.integer("k_unroll"):
-            sch.annotate(k_outer, "pragma_loop_partition_hint", 1)
-        sch.unroll(k_inner)
+        for loop in (lane, y_lane):
+            sch.vectorize(loop)
+        for loop in (k_inner, row, vector, y_row, y_vector):
+            sch.unroll(loop)
         sch.parallel(outer)
-        if w.rows % tile_rows:
-            sch.annotate(tile, "pragma_loop_partition_hint", 1)
+        for loop, extent, factor in ((tile, w.rows, tile_rows), (k_outer, w.in_features, config.integer("k_unroll"))):
+            if extent % factor:
+                sch.annotate(loop, "pragma_loop_partition_hint", 1)
         init = sch.decompose_reduction(matmul, k_outer)
         *_, i_row, i_vector, i_lane = sch.get_loops(init)
         sch.vectorize(i_lane)
