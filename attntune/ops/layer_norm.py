@@ -1,0 +1,133 @@
+"""Layer normalisation over the last axis, with an optional residual added first.
+
+Source: Ba, Kiros, Hinton, "Layer Normalization" (2016).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from attntune.ops.workload import FLOAT_DTYPES, TensorSpec, Workload, one_of, positive, require
+
+
+@dataclass(frozen=True)
+class LayerNorm(Workload):
+    """``(h - mean(h)) / √(var(h) + eps) · weight + bias`` with ``h = x + residual``.
+
+    Shapes: x (rows, features), residual (rows, features), weight (features,) constant, bias (features,) constant →
+    y (rows, features). ``rows`` is the product of all leading dimensions. The variance is the biased one, summed over
+    deviations from the mean (two passes), which stays accurate where E[h²] - E[h]² cancels.
+    """
+
+    op: ClassVar[str] = "layer_norm"
+
+    rows: int
+    features: int
+    eps: float = 1e-12
+    residual: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        positive(self.op, rows=self.rows, features=self.features)
+        one_of(self.op, "dtype", self.dtype, FLOAT_DTYPES)
+        require(self.eps > 0, f"layer_norm: expected eps > 0, got {self.eps!r}")
+
+    @classmethod
+    def from_call(cls, attrs: Mapping[str, Any], args: Sequence[TensorSpec]) -> LayerNorm:
+        """From a model's call: x (…, features), residual as ``attrs`` says, weight, bias."""
+        x, weight = args[0], args[-2]
+        require(
+            x.shape[-1:] == weight.shape,
+            f"layer_norm: expected x (…, {weight.shape[0]}) for weight {weight.shape}, got {x.shape}",
+        )
+        return cls(
+            rows=math.prod(x.shape[:-1]),
+            features=x.shape[-1],
+            eps=float(attrs["eps"]),
+            residual=bool(attrs.get("residual", False)),
+            dtype=x.dtype,
+        )
+
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """X, residual where the variant has it, weight, bias."""
+        rows = TensorSpec("x", (self.rows, self.features), self.dtype)
+        added = (TensorSpec("residual", rows.shape, self.dtype),) if self.residual else ()
+        return (rows, *added, *affine_specs(self.features, self.dtype))
+
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Y (rows, features)."""
+        return (TensorSpec("y", (self.rows, self.features), self.dtype),)
+
+    def compute(self) -> list[Any]:
+        """Stages ``row`` (what is normalised), then those of :func:`normalized`."""
+        from tvm import te
+
+        specs = self.inputs()
+        operands = [te.placeholder(spec.shape, spec.dtype, spec.name) for spec in specs]
+        row = te.compute(
+            (self.rows, self.features),
+            lambda i, j: (
+                operands[0][i, j].astype("float32") + operands[1][i, j].astype("float32")
+                if self.residual
+                else operands[0][i, j].astype("float32")
+            ),
+            name="row",
+        )
+        return [*operands, normalized(row, operands[-2], operands[-1], self.eps, self.dtype)]
+
+    def reference(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Float64 NumPy."""
+        x, *residual, weight, bias = (np.asarray(value, np.float64) for value in inputs)
+        return (normalized_reference(x + residual[0] if residual else x, weight, bias, self.eps),)
+
+    def flops(self) -> int:
+        """Eight per element: one for the mean, three for the variance, four to normalise; one more for a residual."""
+        return self.rows * self.features * (9 if self.residual else 8)
+
+
+def affine_specs(features: int, dtype: str) -> tuple[TensorSpec, TensorSpec]:
+    """Weight (features,) and bias (features,) of a normalisation."""
+    return TensorSpec("weight", (features,), dtype, constant=True), TensorSpec(
+        "bias", (features,), dtype, constant=True
+    )
+
+
+def normalized(row: Any, weight: Any, bias: Any, eps: float, dtype: str) -> Any:
+    """The tensor expression of normalising float32 ``row`` (…, features) over its last axis.
+
+    Stages: ``total`` and ``mean``, ``squares`` and ``scale`` (all (…,), float32), ``y`` in ``dtype``.
+    """
+    from tvm import te, tirx
+
+    *lead, features = (int(extent) for extent in row.shape)
+    per_feature = tirx.const(1.0 / features, "float32")
+    k = te.reduce_axis((0, features), name="k")
+    total = te.compute(lead, lambda *i: te.sum(row[(*i, k)], axis=k), name="total")
+    mean = te.compute(lead, lambda *i: total[i] * per_feature, name="mean")
+    k2 = te.reduce_axis((0, features), name="k2")
+    squares = te.compute(
+        lead, lambda *i: te.sum((row[(*i, k2)] - mean[i]) * (row[(*i, k2)] - mean[i]), axis=k2), name="squares"
+    )
+    one = tirx.const(1.0, "float32")
+    scale = te.compute(
+        lead, lambda *i: one / tirx.sqrt(squares[i] * per_feature + tirx.const(eps, "float32")), name="scale"
+    )
+
+    def element(*at: Any) -> Any:
+        i, j = at[:-1], at[-1]
+        value = (row[at] - mean[i]) * scale[i] * weight[j].astype("float32") + bias[j].astype("float32")
+        return value.astype(dtype)
+
+    return te.compute((*lead, features), element, name="y")
+
+
+def normalized_reference(row: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
+    """Float64 normalisation over the last axis."""
+    centred = row - row.mean(axis=-1, keepdims=True)
+    variance = (centred * centred).mean(axis=-1, keepdims=True)
+    return np.asarray(centred / np.sqrt(variance + eps) * weight + bias)
