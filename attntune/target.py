@@ -322,6 +322,11 @@ def physical_cores() -> int:
     return max(1, len(groups))
 
 
+def user_cache_dir() -> Path:
+    """Where attntune remembers what it can find out again: ``$XDG_CACHE_HOME/attntune``, ``~/.cache`` by default."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attntune"
+
+
 def _cache_bytes(level: int, kind: str, fallback: int) -> int:
     for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         try:

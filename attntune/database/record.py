@@ -50,6 +50,8 @@ class TuningRecord:
     """Of the operands it was validated with."""
     is_default: bool = False
     """Whether ``config`` is the template's default."""
+    final: bool = False
+    """Whether it was re-measured in turns with other correct configs; records of one such round share ``time``."""
     build_secs: float = 0.0
     message: str = ""
     """Why it failed; empty when correct."""
