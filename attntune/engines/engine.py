@@ -1,0 +1,71 @@
+"""What an engine is: something that runs the same model, to be compared with."""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where an engine finds the model it runs; every engine takes what it needs. Pickled to worker processes."""
+
+    entry: str
+    outputs: tuple[str, ...]
+    """Names of the entry's outputs."""
+    graph: str = ""
+    """Folder of a :class:`~attntune.engines.graph.ModelGraph`."""
+    onnx: Mapping[str, str] = field(default_factory=dict)
+    """Attention style → ``.onnx`` file, see :func:`attntune.interop.export_onnx`."""
+    artifact: str = ""
+    """A compiled artifact."""
+
+
+class Engine(ABC):
+    """Runs a model in its best configuration with a given number of threads; one instance per process.
+
+    ``load`` once, then ``run`` or ``bind`` for any inputs.
+    """
+
+    name: ClassVar[str]
+    """In the registry and on the command line."""
+    title: ClassVar[str]
+    """In reports."""
+    package: ClassVar[str] = ""
+    """Python package it needs; empty when none beyond attntune's own."""
+    install: ClassVar[str] = ""
+    """Command that installs it."""
+    env: ClassVar[Mapping[str, str]] = {}
+    """Environment of its worker process."""
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Why this engine cannot run here, with the command that changes it; None when it can."""
+        if cls.package and importlib.util.find_spec(cls.package) is None:
+            return f"{cls.title} needs the package {cls.package}: {cls.install}"
+        return None
+
+    @abstractmethod
+    def load(self, source: ModelSource, threads: int) -> None:
+        """Load the model and take ``threads`` threads."""
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name for NumPy inputs by name."""
+
+    def bind(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
+        """What is timed: a call without arguments that computes the outputs of ``inputs``, conversions done before."""
+        return lambda: self.run(inputs)
+
+    def describe(self) -> dict[str, Any]:
+        """Version and configuration, for the report."""
+        return {}
+
+    def bound_variant(self) -> str:
+        """Which of several configurations the last ``bind`` chose; empty when there is only one."""
+        return ""

@@ -1,0 +1,243 @@
+"""Any model in PyTorch: one torch function per operator call, so that no model needs a twin written by hand.
+
+It is the engine to compare with in eager mode, and an oracle independent of NumPy. A new operator adds one maker here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attntune.errors import EngineError
+from attntune.ops.attention import FLOOR
+from attntune.ops.mean_pool import NORM_FLOOR
+
+if TYPE_CHECKING:
+    from attntune.models.model import OpCall
+
+#: Takes what a run shares between its calls (masks), then the operands.
+Step = Callable[..., Any]
+Maker = Callable[["OpCall"], Step]
+
+MAKERS: dict[str, Maker] = {}
+
+
+def makes(op: str) -> Callable[[Maker], Maker]:
+    """Register the decorated maker: from a call, the function that computes it."""
+
+    def register(maker: Maker) -> Maker:
+        MAKERS[op] = maker
+        return maker
+
+    return register
+
+
+@makes("linear")
+def _linear(call: OpCall) -> Step:
+    from torch.nn import functional as F
+
+    bias, residual = bool(call.attrs.get("bias")), bool(call.attrs.get("residual"))
+    activation = _activation(call.attrs.get("activation", ""))
+
+    def step(_: Any, x: Any, weight: Any, *rest: Any) -> Any:
+        y = F.linear(x, weight, rest[0] if bias else None)
+        if activation is not None:
+            y = activation(y)
+        return y.add_(rest[-1]) if residual else y
+
+    return step
+
+
+def _activation(name: str) -> Callable[[Any], Any] | None:
+    from torch.nn import functional as F
+
+    known: dict[str, Callable[[Any], Any] | None] = {
+        "": None,
+        "relu": F.relu_,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "silu": lambda x: F.silu(x, inplace=True),
+    }
+    if name not in known:
+        raise EngineError(f"activation {name!r} has no PyTorch twin; expected one of {sorted(known)}")
+    return known[name]
+
+
+@makes("layer_norm")
+def _layer_norm(call: OpCall) -> Step:
+    from torch.nn import functional as F
+
+    eps, residual = float(call.attrs["eps"]), bool(call.attrs.get("residual"))
+
+    def step(_: Any, x: Any, *rest: Any) -> Any:
+        if residual:
+            x = x + rest[0]
+        return F.layer_norm(x, x.shape[-1:], rest[-2], rest[-1], eps)
+
+    return step
+
+
+@makes("softmax")
+def _softmax(call: OpCall) -> Step:
+    return lambda _, x: x.softmax(-1)
+
+
+@makes("embedding_norm")
+def _embedding_norm(call: OpCall) -> Step:
+    from torch.nn import functional as F
+
+    eps = float(call.attrs["eps"])
+
+    def step(_: Any, ids: Any, types: Any, word: Any, position: Any, kind: Any, weight: Any, bias: Any) -> Any:
+        total = F.embedding(ids, word).add_(F.embedding(types, kind)).add_(position[: ids.shape[1]])
+        return F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+
+    return step
+
+
+@makes("mean_pool")
+def _mean_pool(call: OpCall) -> Step:
+    from torch.nn import functional as F
+
+    floor, normalize = float(call.attrs.get("eps", 1e-9)), bool(call.attrs.get("normalize", True))
+
+    def step(_: Any, x: Any, mask: Any) -> Any:
+        keep = mask != 0
+        mean = x.masked_fill(~keep[:, :, None], 0.0).sum(1) / keep.sum(1, keepdim=True).clamp_min(floor)
+        return F.normalize(mean, dim=1, eps=NORM_FLOOR) if normalize else mean
+
+    return step
+
+
+@makes("attention")
+def _attention(call: OpCall) -> Step:
+    from torch.nn import functional as F
+
+    attrs = call.attrs
+    heads, kv_heads, head_dim = attrs["heads"], attrs["kv_heads"], attrs["head_dim"]
+    packed, causal, scale = bool(attrs["packed"]), bool(attrs["causal"]), attrs.get("scale")
+    has_mask, has_bias = bool(attrs["mask"]), bool(attrs["bias"])
+    widths = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+
+    def step(shared: dict[Any, Any], *operands: Any) -> Any:
+        query, key, value = operands[0].split(widths, -1) if packed else operands[:3]
+        batch, q_len, kv_len = query.shape[0], query.shape[1], key.shape[1]
+        mask = operands[1 if packed else 3] if has_mask else None
+        bias = operands[-1] if has_bias else None
+        name = (None if mask is None else id(mask), None if bias is None else id(bias), causal, q_len, kv_len)
+        if name not in shared:
+            shared[name] = _additive_mask(mask, bias, causal, query, kv_len)
+        additive, attends = shared[name]
+        out = F.scaled_dot_product_attention(
+            query.view(batch, q_len, heads, head_dim).transpose(1, 2),
+            key.view(batch, kv_len, kv_heads, head_dim).transpose(1, 2),
+            value.view(batch, kv_len, kv_heads, head_dim).transpose(1, 2),
+            attn_mask=additive,
+            is_causal=causal and additive is None,
+            scale=scale,
+            enable_gqa=heads != kv_heads,
+        )
+        if attends is not None:
+            out = out.masked_fill(~attends, 0.0)
+        return out.transpose(1, 2).reshape(batch, q_len, heads * head_dim)
+
+    return step
+
+
+def _additive_mask(mask: Any, bias: Any, causal: bool, query: Any, kv_len: int) -> tuple[Any, Any]:
+    """What SDPA adds to scores (None where nothing is masked), and where a query may attend no key (else None).
+
+    Built once per run and mask, as Hugging Face does; a mask of ones is dropped, which frees SDPA's faster path.
+    """
+    import torch
+
+    allowed = None
+    if mask is not None and not bool(mask.all()):
+        allowed = (mask != 0)[:, None, None, :]
+    if bias is not None:
+        finite = bias > FLOOR
+        if not bool(finite.all()):
+            allowed = finite if allowed is None else allowed & finite
+    if allowed is None and bias is None:
+        return None, None
+    if causal:
+        triangle = torch.ones(query.shape[1], kv_len, dtype=torch.bool, device=query.device).tril()
+        allowed = triangle if allowed is None else allowed & triangle
+    if allowed is None:
+        return bias, None
+    attends = allowed.any(-1, keepdim=True)
+    base = torch.zeros((), dtype=query.dtype, device=query.device) if bias is None else bias
+    additive = torch.where(allowed, base, torch.finfo(query.dtype).min)
+    return additive, None if bool(attends.all()) else attends
+
+
+class TorchModel:
+    """One entry of a model as a sequence of torch calls with weights bound beforehand.
+
+    Args:
+        model: a :class:`~attntune.models.model.Model` or :class:`~attntune.engines.graph.ModelGraph`.
+        entry: which of its entries.
+        dtype: every floating-point weight is cast to it; ``"float64"`` makes an oracle.
+
+    Calling it takes and returns tensors by name. It holds no state between calls.
+    """
+
+    def __init__(self, model: Any, entry: str = "forward", dtype: str = "float32") -> None:
+        import torch
+
+        spec = model.entries[entry]
+        self._slot: dict[str, int] = {}
+        self._values: list[Any] = []
+        for tensor in spec.inputs:
+            self._add(tensor.name, None)
+        self._steps: list[tuple[Step, tuple[int, ...], int]] = []
+        for call in model.calls(entry):
+            if call.op not in MAKERS:
+                raise EngineError(f"operator {call.op!r} has no PyTorch twin; expected one of {sorted(MAKERS)}")
+            for name in call.args:
+                if name in model.weights and name not in self._slot:
+                    self._add(name, _tensor(model.weights[name], getattr(torch, dtype)))
+            sources = tuple(self._slot[name] for name in call.args)
+            self._steps.append((MAKERS[call.op](call), sources, self._add(call.result, None)))
+        self._inputs = tuple(tensor.name for tensor in spec.inputs)
+        self._outputs = tuple(tensor.name for tensor in spec.outputs)
+
+    def _add(self, name: str, value: Any) -> int:
+        self._slot[name] = len(self._values)
+        self._values.append(value)
+        return self._slot[name]
+
+    def __call__(self, **inputs: Any) -> dict[str, Any]:
+        """Outputs by name, under the caller's grad mode."""
+        values = list(self._values)
+        for name in self._inputs:
+            values[self._slot[name]] = inputs[name]
+        shared: dict[Any, Any] = {}
+        for step, sources, target in self._steps:
+            values[target] = step(shared, *[values[source] for source in sources])
+        return {name: values[self._slot[name]] for name in self._outputs}
+
+
+def _tensor(array: np.ndarray, dtype: Any) -> Any:
+    import torch
+
+    if array.dtype.name == "bfloat16":
+        tensor = torch.from_numpy(np.ascontiguousarray(array).view(np.uint16).copy()).view(torch.bfloat16)
+    else:
+        tensor = torch.from_numpy(np.array(array))
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def torch_reference(
+    model: Any, inputs: Mapping[str, np.ndarray], entry: str = "forward", dtype: str = "float64"
+) -> dict[str, np.ndarray]:
+    """Outputs of ``entry`` computed by PyTorch in ``dtype``, as NumPy arrays by name."""
+    import torch
+
+    floating = getattr(torch, dtype)
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in inputs.items()}
+    tensors = {n: t.to(floating) if t.is_floating_point() else t for n, t in tensors.items()}
+    with torch.inference_mode():
+        return {name: value.numpy() for name, value in TorchModel(model, entry, dtype)(**tensors).items()}

@@ -1,0 +1,221 @@
+"""Attention in ONNX, three ways: elementary operators, the standard ``Attention``, ONNX Runtime's fused operator.
+
+A query whose keys are all masked gives zeros, in all three.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attntune.interop.onnx_graph import GraphBuilder, element_type
+from attntune.ops.attention import FLOOR
+
+if TYPE_CHECKING:
+    from attntune.models.model import OpCall
+
+_LOWEST = float(np.finfo(np.float32).min)
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """The names of one call's operands; ``query`` is (batch, q_len, heads·head_dim), ``mask`` (batch, kv_len)."""
+
+    query: str
+    key: str
+    value: str
+    mask: str | None
+    bias: str | None
+    q_source: str
+    kv_source: str
+    """Values whose axis 1 is q_len and kv_len; the same for packed operands, so masks are shared between layers."""
+
+
+def attention(builder: GraphBuilder, call: OpCall) -> str:
+    """Scaled dot-product attention, in the builder's style."""
+    operands = _operands(builder, call)
+    if builder.attention == "standard":
+        return _standard(builder, call, operands)
+    if builder.attention == "onnxruntime" and call.attrs["heads"] == call.attrs["kv_heads"]:
+        return _onnxruntime(builder, call, operands)
+    return _decomposed(builder, call, operands)
+
+
+def _operands(builder: GraphBuilder, call: OpCall) -> _Operands:
+    attrs, args = call.attrs, list(call.args)
+    if attrs["packed"]:
+        packed = args.pop(0)
+        kv = attrs["kv_heads"] * attrs["head_dim"]
+        sizes = builder.ints(attrs["heads"] * attrs["head_dim"], kv, kv)
+        query, key, value = builder.nodes_out("Split", packed, sizes, outputs=3, axis=-1)
+        sources = (packed, packed)
+    else:
+        query, key, value = args.pop(0), args.pop(0), args.pop(0)
+        sources = (query, key)
+    mask = args.pop(0) if attrs["mask"] else None
+    bias = args.pop(0) if attrs["bias"] else None
+    if mask is not None:
+        sources = (mask if attrs["packed"] else sources[0], mask)
+    return _Operands(query, key, value, mask, bias, *sources)
+
+
+def _allowed(builder: GraphBuilder, call: OpCall, operands: _Operands) -> str | None:
+    """Bool, broadcastable to (batch, 1, q_len, kv_len): which keys a query may attend; None when all."""
+    causal = call.attrs["causal"]
+    parts: list[str] = []
+    if (mask := operands.mask) is not None:
+
+        def keep() -> str:
+            return builder.node("Unsqueeze", builder.node("Cast", mask, to=element_type("bool")), builder.ints(1, 2))
+
+        parts.append(builder.shared(("keep", mask), keep))
+    if causal:
+        parts.append(_causal(builder, operands.q_source, operands.kv_source))
+    if not parts:
+        return None
+    return builder.shared(("allowed", *parts), lambda: parts[0] if len(parts) == 1 else builder.node("And", *parts))
+
+
+def _causal(builder: GraphBuilder, q_source: str, kv_source: str) -> str:
+    """Bool (q_len, kv_len): key j is allowed for query i when j <= i."""
+
+    def make() -> str:
+        zero, one = builder.constant(0, "int64"), builder.constant(1, "int64")
+        q_len, kv_len = (
+            builder.node("Squeeze", builder.dim(source, 1), builder.ints(0)) for source in (q_source, kv_source)
+        )
+        rows = builder.node("Unsqueeze", builder.node("Range", zero, q_len, one), builder.ints(1))
+        return builder.node("LessOrEqual", builder.node("Range", zero, kv_len, one), rows)
+
+    return builder.shared(("causal", q_source, kv_source), make)
+
+
+def _additive(builder: GraphBuilder, allowed: str, dtype: str) -> str:
+    """0 where allowed, the lowest finite number elsewhere (minus infinity would make NaN of an all-masked row)."""
+    zero, low = builder.constant(0.0, dtype), builder.constant(_LOWEST, dtype)
+    return builder.shared(("additive", allowed, dtype), lambda: builder.node("Where", allowed, zero, low))
+
+
+def _attends_any(builder: GraphBuilder, allowed: str) -> str:
+    """Bool (batch|1, heads|1, q_len|1, 1): whether a query may attend any key."""
+
+    def make() -> str:
+        numbers = builder.node("Cast", allowed, to=element_type("int32"))
+        if builder.opset < 18:
+            most = builder.node("ReduceMax", numbers, axes=[-1], keepdims=1)
+        else:
+            most = builder.node("ReduceMax", numbers, builder.ints(-1), keepdims=1)
+        return builder.node("Cast", most, to=element_type("bool"))
+
+    return builder.shared(("attends", allowed), make)
+
+
+def _finite_bias(builder: GraphBuilder, call: OpCall, allowed: str | None, bias: str) -> str:
+    """``allowed``, less the keys that the bias masks: minus infinity, or so low that the definition gives them 0."""
+    floor = builder.constant(FLOOR, call.result_dtype)
+    finite = builder.shared(("finite", bias), lambda: builder.node("Greater", bias, floor))
+    if allowed is None:
+        return finite
+    return builder.shared(("allowed", allowed, finite), lambda: builder.node("And", allowed, finite))
+
+
+def _scale(call: OpCall) -> float:
+    scale = call.attrs.get("scale")
+    return float(scale) if scale is not None else 1.0 / math.sqrt(call.attrs["head_dim"])
+
+
+def _decomposed(builder: GraphBuilder, call: OpCall, operands: _Operands) -> str:
+    attrs, dtype = call.attrs, call.result_dtype
+    heads, kv_heads, head_dim = attrs["heads"], attrs["kv_heads"], attrs["head_dim"]
+
+    def split_heads(x: str, count: int, perm: list[int]) -> str:
+        return builder.node("Transpose", builder.node("Reshape", x, builder.ints(0, 0, count, head_dim)), perm=perm)
+
+    query = split_heads(operands.query, heads, [0, 2, 1, 3])
+    key = split_heads(operands.key, kv_heads, [0, 2, 3, 1])
+    value = split_heads(operands.value, kv_heads, [0, 2, 1, 3])
+    if heads != kv_heads:
+        key = _repeat_heads(builder, key, heads, kv_heads, (0, heads, head_dim, -1))
+        value = _repeat_heads(builder, value, heads, kv_heads, (0, heads, -1, head_dim))
+    scores = builder.node("Mul", builder.node("MatMul", query, key), builder.constant(_scale(call), dtype))
+    allowed = _allowed(builder, call, operands)
+    if operands.bias is not None:
+        allowed = _finite_bias(builder, call, allowed, operands.bias)
+        scores = builder.node("Add", scores, operands.bias)
+        scores = builder.node("Where", allowed, scores, builder.constant(_LOWEST, dtype))
+    elif allowed is not None:
+        scores = builder.node("Add", scores, _additive(builder, allowed, dtype))
+    out = builder.node("MatMul", builder.node("Softmax", scores, axis=-1), value)
+    if allowed is not None and (operands.mask is not None or operands.bias is not None):
+        out = builder.node("Where", _attends_any(builder, allowed), out, builder.constant(0.0, dtype))
+    out = builder.node("Transpose", out, perm=[0, 2, 1, 3])
+    return builder.node("Reshape", out, builder.ints(0, 0, heads * head_dim))
+
+
+def _repeat_heads(builder: GraphBuilder, x: str, heads: int, kv_heads: int, shape: tuple[int, ...]) -> str:
+    """(batch, kv_heads, …) → (batch, heads, …): each head repeated for its group of query heads."""
+    grouped = builder.node("Unsqueeze", x, builder.ints(2))
+    grouped = builder.node("Expand", grouped, builder.ints(1, 1, heads // kv_heads, 1, 1))
+    return builder.node("Reshape", grouped, builder.ints(*shape))
+
+
+def _standard(builder: GraphBuilder, call: OpCall, operands: _Operands) -> str:
+    attrs, dtype = call.attrs, call.result_dtype
+    allowed = _allowed(builder, call, operands)
+    inputs = [operands.query, operands.key, operands.value]
+
+    def full(mask: str) -> str:
+        """ONNX Runtime wants the last two axes spelled out, where the standard lets them broadcast."""
+        lengths = [builder.dim(operands.q_source, 1), builder.dim(operands.kv_source, 1)]
+        shape = builder.node("Concat", builder.ints(1, 1), *lengths, axis=0)
+        return builder.node("Expand", mask, shape)
+
+    if operands.bias is not None:
+        bias = operands.bias
+        if allowed is not None:
+            minus_infinity = builder.constant(-math.inf, dtype)
+            bias = builder.node("Where", allowed, bias, minus_infinity)
+        inputs.append(full(bias))
+    elif allowed is not None:
+        mask = allowed
+        inputs.append(builder.shared(("full", mask), lambda: full(mask)))
+    attributes: dict[str, Any] = {"q_num_heads": attrs["heads"], "kv_num_heads": attrs["kv_heads"]}
+    return builder.node("Attention", *inputs, scale=_scale(call), **attributes)
+
+
+def _onnxruntime(builder: GraphBuilder, call: OpCall, operands: _Operands) -> str:
+    attrs, dtype = call.attrs, call.result_dtype
+    allowed = _allowed(builder, call, operands)
+    padding, bias = "", ""
+    if operands.bias is not None:
+        allowed = _finite_bias(builder, call, allowed, operands.bias)
+        bias = builder.node("Where", allowed, operands.bias, builder.constant(_LOWEST, dtype))
+    elif attrs["causal"] and allowed is not None:
+        bias = _additive(builder, allowed, dtype)
+    elif (mask := operands.mask) is not None:
+
+        def as_int32() -> str:
+            kept = builder.node("Cast", mask, to=element_type("bool"))
+            return builder.node("Cast", kept, to=element_type("int32"))
+
+        padding = builder.shared(("padding", mask), as_int32)
+    if bias:
+        lengths = [builder.dim(operands.q_source, 1), builder.dim(operands.kv_source, 1)]
+        bias = builder.node("Expand", bias, builder.node("Concat", builder.ints(1, 1), *lengths, axis=0))
+    out = builder.node(
+        "MultiHeadAttention", operands.query, operands.key, operands.value, "", padding, bias,
+        domain="com.microsoft", num_heads=attrs["heads"], scale=_scale(call), mask_filter_value=_LOWEST,
+    )  # fmt: skip
+    if allowed is None or (operands.mask is None and operands.bias is None):
+        return out
+    any_key = _attends_any(builder, allowed)
+    if operands.bias is None:
+        any_key = builder.node("Squeeze", any_key, builder.ints(1))
+        return builder.node("Where", any_key, out, builder.constant(0.0, dtype))
+    shape = builder.ints(0, 0, attrs["heads"], attrs["head_dim"])
+    per_head = builder.node("Transpose", any_key, perm=[0, 2, 1, 3])
+    by_head = builder.node("Where", per_head, builder.node("Reshape", out, shape), builder.constant(0.0, dtype))
+    return builder.node("Reshape", by_head, builder.ints(0, 0, attrs["heads"] * attrs["head_dim"]))
