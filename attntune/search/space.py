@@ -134,7 +134,8 @@ class ConfigSpace:
         for name, value in config.items():
             if name not in known:
                 raise ConfigError(f"unknown knob {name!r}; expected {sorted(known)}")
-            if value not in known[name].values:
+            # By type too: True == 1 and 8.0 == 8, but they are written differently in a record.
+            if not any(value == allowed and type(value) is type(allowed) for allowed in known[name].values):
                 raise ConfigError(f"knob {name!r}: expected one of {list(known[name].values)}, got {value!r}")
         if missing := set(known) - set(config):
             raise ConfigError(f"missing knobs {sorted(missing)}")
@@ -152,6 +153,6 @@ class ConfigSpace:
         found = []
         for knob in self.knobs:
             at = knob.values.index(config[knob.name])
-            others = sorted((i for i in range(len(knob.values)) if i != at), key=lambda i, at=at: (abs(i - at), i))
-            found += [config.replace(**{knob.name: knob.values[i]}) for i in others]
+            distances = sorted((abs(i - at), i) for i in range(len(knob.values)) if i != at)
+            found += [config.replace(**{knob.name: knob.values[i]}) for _, i in distances]
         return tuple(c for c in found if c in self._members)
