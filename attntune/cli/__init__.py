@@ -19,11 +19,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # With torch installed, tvm_ffi otherwise compiles an extension for half a minute on its first import.
     os.environ.setdefault(TORCH_EXTENSION_VARIABLE, "1")
+    import typer
+
     from attntune.cli.app import build
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = build()(args=words, prog_name="attntune", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
     except Exception as error:
         # A usage error: click's class, which typer ships under a private name.
         if not hasattr(error, "format_message") or not hasattr(error, "show"):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attntune.errors import AttntuneError, InputError, ModelError
+from attntune.errors import AttntuneError, InputError
 
 if TYPE_CHECKING:
     from attntune.models import Model
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 TargetOption = Annotated[
     str, typer.Option(help="native, a preset such as znver4, a preset with options (znver4,cores=8), or a TVM target.")
 ]
-DatabaseOption = Annotated[Path, typer.Option(help="Tuning records, a JSON-lines file.")]
-ShapesOption = Annotated[str, typer.Option(help="Batch x sequence lengths, separated by commas: 1x128,8x128.")]
+DatabaseOption = Annotated[Path | None, typer.Option(help="Tuning records, a JSON-lines file.")]
+_SHAPES = typer.Option(help="Batch x sequence lengths, separated by commas: 1x128,8x128.")
+ShapesOption = Annotated[str, _SHAPES]
+OptionalShapes = Annotated[str | None, _SHAPES]
 
 
 @dataclass(frozen=True)
@@ -104,20 +106,10 @@ def parse_shapes(text: str) -> list[dict[str, int]]:
 
 
 def load_model(source: str) -> Model:
-    """The model in a Hugging Face style directory, or of a hub id.
-
-    Raises:
-        ModelError: when ``source`` looks like a path and nothing is there.
-    """
+    """The model in a Hugging Face style directory, or of a hub id; raises :class:`ModelError`."""
     from attntune import models
 
-    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
-    path = Path(source).expanduser()
-    if looks_like_path and not path.exists():
-        raise ModelError(
-            f"expected a model directory with config.json and model.safetensors, found nothing at {source}"
-        )
-    return models.from_pretrained(path if path.exists() else source)
+    return models.from_pretrained(source)
 
 
 def existing(path: Path, what: str, error: type[AttntuneError] = InputError) -> Path:

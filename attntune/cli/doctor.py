@@ -19,7 +19,7 @@ from typing import Any
 
 from attntune import cli
 from attntune.cli.common import Reply
-from attntune.target import available_cpus, host_features, physical_cores, vector_shape
+from attntune.target import available_cpus, host_features, physical_cores, user_cache_dir, vector_shape
 
 #: The versions that work together; later ones satisfy TVM's metadata and crash.
 PINS = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
@@ -219,16 +219,25 @@ def optional_packages() -> Iterator[Check]:
 
 
 def writable() -> Iterator[Check]:
-    """The current folder, where databases go by default, and the temporary one take files."""
-    for name, folder in (("folder", Path.cwd()), ("temporary folder", Path(tempfile.gettempdir()))):
-        free = shutil.disk_usage(folder).free
-        if not os.access(folder, os.W_OK):
-            yield Check(name, "fail", f"{folder} is not writable", "change to a folder of yours, or set TMPDIR")
+    """The current folder (where databases go by default), the cache and the temporary folder take files."""
+    folders = {"folder": Path.cwd(), "cache": user_cache_dir(), "temporary folder": Path(tempfile.gettempdir())}
+    for name, folder in folders.items():
+        present = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(present).free
+        if not os.access(present, os.W_OK):
+            status, remedy = _UNWRITABLE[name]
+            yield Check(name, status, f"{folder} is not writable", remedy)
         elif free < 1 << 28:
-            yield Check(name, "warn", f"{folder} has {free >> 20} MiB left", "free some space or set TMPDIR")
+            yield Check(name, "warn", f"{folder} has {free >> 20} MiB left", "free some space")
         else:
             yield Check(name, "ok", f"{folder} is writable, {free >> 30} GiB free")
 
+
+_UNWRITABLE = {
+    "folder": ("warn", "change to a folder of yours, or name outputs elsewhere (--database, -o)"),
+    "cache": ("warn", "set XDG_CACHE_HOME to a folder of yours; until then measured peaks are not remembered"),
+    "temporary folder": ("fail", "set TMPDIR to a folder of yours"),
+}
 
 CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
     python_version, pins, tvm_works, threads, isa, linker, torch_extension, optional_packages, writable,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -17,8 +18,7 @@ def target(
     presets: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
 ) -> Reply:
     """Show a target's ISA, vectors, cores and caches; measure this machine's peaks."""
-    from attntune.errors import TargetError
-    from attntune.target import PRESETS, Target, native
+    from attntune.target import PRESETS, Target
 
     if presets:
         rows = [(p.name, p.kind, p.arch, p.vector_bits if p.kind == "cpu" else "-", p.cores) for p in PRESETS.values()]
@@ -30,15 +30,10 @@ def target(
     document: dict[str, Any] = {"key": chosen.key(), **chosen.to_json()}
     shown = {field: _shown(field, value) for field, value in document.items() if value not in (0, [], None)}
     if measure:
-        if chosen.kind != "cpu" or not set(chosen.features) <= set(native().features):
-            raise TargetError(
-                f"expected a target that this machine can run to measure its peaks, got {chosen.name}; "
-                "try: attntune target native --measure"
-            )
-        from attntune.measure.machine import measure_peaks
+        from attntune.measure.machine import cached_peaks
 
-        document["peaks"] = dict(measure_peaks(chosen))
-        shown |= {name: _rate(name, rate) for name, rate in document["peaks"].items()}
+        document["peaks"] = cached_peaks(chosen, refresh=True)
+        shown |= _peaks_text(document["peaks"])
     return Reply(document, fields_text(shown))
 
 
@@ -50,7 +45,7 @@ def _shown(field: str, value: object) -> str:
     return str(value)
 
 
-def _rate(name: str, rate: object) -> str:
-    if not isinstance(rate, int | float):
-        return str(rate)
-    return f"{rate / 1e9:.1f} GB/s" if "band" in name or "byte" in name else f"{rate / 1e9:.1f} GFLOP/s"
+def _peaks_text(peaks: Mapping[str, Any]) -> dict[str, str]:
+    rates = {f"{dtype} peak": f"{rate / 1e9:.1f} GFLOP/s" for dtype, rate in peaks["flops_per_sec"].items()}
+    reads, copies = peaks["read_bytes_per_sec"], peaks["copy_bytes_per_sec"]
+    return {**rates, "memory read": f"{reads / 1e9:.1f} GB/s", "memory copy": f"{copies / 1e9:.1f} GB/s"}

@@ -1,0 +1,133 @@
+"""``attntune run``: an artifact on sentences or on arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attntune.cli.common import Reply, existing, note
+from attntune.errors import ArtifactError, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_LABEL_WIDTH = 48
+
+
+def run(
+    artifact: Annotated[Path, typer.Argument(help="What `attntune compile` wrote.")],
+    text: Annotated[list[str] | None, typer.Option(help="A sentence; repeat for several.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help="Arrays by input name, an .npz file.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where results go, an .npz file.")] = None,
+    entry: Annotated[str | None, typer.Option(help="Entry point; embed for --text where there is one.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json, if not in or beside the artifact.")] = None,
+) -> Reply:
+    """Run an artifact: --text prints the sentences' similarities, --inputs reads arrays and --output writes them."""
+    import attntune
+
+    if (not text) == (inputs is None):
+        raise InputError("expected either --text, once or more, or --inputs FILE.npz")
+    tuned = attntune.load(existing(artifact, "an artifact", ArtifactError))
+    chosen = entry or ("embed" if text and "embed" in tuned.entries else tuned.entries[0])
+    if chosen not in tuned.entries:
+        raise InputError(f"{artifact} has no entry {chosen!r}; expected one of {sorted(tuned.entries)}")
+    signature = tuned.manifest["entries"][chosen]
+    if text:
+        longest = max(bucket["dims"]["seq"] for bucket in tuned.manifest["buckets"] if bucket["entry"] == chosen)
+        arrays = tokenize(text, find_tokenizer(artifact, tokenizer), signature["inputs"], longest)
+    else:
+        assert inputs is not None
+        arrays = read_arrays(inputs)
+    found = tuned.run(chosen, **arrays)
+    names = [spec["name"] for spec in signature["outputs"]]
+    results = dict(zip(names, found if isinstance(found, tuple) else (found,), strict=True))
+    if output is not None:
+        import numpy as np
+
+        output.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(output, **results)  # type: ignore[arg-type]
+    if text and chosen == "embed":
+        return _similarities(text, next(iter(results.values())), output)
+    shapes = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in results.items()}
+    where = f" -> {output}" if output is not None else ""
+    lines = [f"{name}: {array.dtype} {tuple(array.shape)}{where}" for name, array in results.items()]
+    return Reply({"entry": chosen, "outputs": shapes, "output": str(output) if output else None}, "\n".join(lines))
+
+
+def find_tokenizer(artifact: Path, named: Path | None) -> Path:
+    """``named``, or tokenizer.json inside the artifact, or beside it.
+
+    Raises:
+        InputError: there is none.
+    """
+    if named is not None:
+        return existing(named, "a tokenizer.json")
+    for folder in (artifact, artifact.parent):
+        if (folder / "tokenizer.json").is_file():
+            return folder / "tokenizer.json"
+    raise InputError(f"expected tokenizer.json in {artifact} or beside it; name one with --tokenizer")
+
+
+def tokenize(
+    texts: Sequence[str], path: Path, inputs: Sequence[Mapping[str, Any]], longest: int
+) -> dict[str, np.ndarray]:
+    """int64 arrays (batch, seq) for those ``inputs`` that a tokenizer makes.
+
+    Texts are padded to the longest of them and cut, with a note, to ``longest`` tokens.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise InputError("--text needs the tokenizers package: pip install 'attntune[models]'") from None
+    import numpy as np
+
+    tokenizer = Tokenizer.from_file(str(path))
+    padding = tokenizer.padding or {}
+    tokenizer.enable_padding(pad_id=padding.get("pad_id", 0), pad_token=padding.get("pad_token", "[PAD]"))
+    tokenizer.enable_truncation(longest)
+    encodings = tokenizer.encode_batch(list(texts))
+    for text, encoding in zip(texts, encodings, strict=True):
+        if encoding.overflowing:
+            note(f"cut to {longest} tokens, the longest shape that was compiled: {_label(text)}")
+    made = {
+        "input_ids": [encoding.ids for encoding in encodings],
+        "attention_mask": [encoding.attention_mask for encoding in encodings],
+        "token_type_ids": [encoding.type_ids for encoding in encodings],
+    }
+    return {spec["name"]: np.array(made[spec["name"]], dtype=np.int64) for spec in inputs if spec["name"] in made}
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file by name; raises :class:`InputError` when it is not one."""
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(existing(path, "an .npz file of inputs"), allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (ValueError, OSError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(f"expected an .npz file of arrays at {path}: {error}") from None
+
+
+def _label(text: str) -> str:
+    return text if len(text) <= _LABEL_WIDTH else text[: _LABEL_WIDTH - 1] + "…"
+
+
+def _similarities(texts: Sequence[str], vectors: np.ndarray, output: Path | None) -> Reply:
+    matrix = vectors @ vectors.T
+    shown = [_label(text) for text in texts]
+    width = max(map(len, shown))
+    lines = [" " * (width + 4) + "".join(f"{i + 1:>8}" for i in range(len(texts)))]
+    for i, label in enumerate(shown):
+        lines.append(f"{i + 1:>2}  {label.ljust(width)}" + "".join(f"{float(v):8.3f}" for v in matrix[i]))
+    document = {
+        "texts": list(texts),
+        "similarity": [[float(v) for v in row] for row in matrix],
+        "dimensions": int(vectors.shape[1]),
+        "output": str(output) if output is not None else None,
+    }
+    return Reply(document, "\n".join(lines))

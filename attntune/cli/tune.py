@@ -1,0 +1,124 @@
+"""``attntune tune``: measure schedules until the budget is spent."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attntune.cli.common import (
+    DatabaseOption,
+    OptionalShapes,
+    Reply,
+    TargetOption,
+    load_model,
+    note,
+    parse_shapes,
+    seconds_text,
+    table,
+)
+from attntune.cli.live import Progress, percent_text, ratio_text
+from attntune.errors import InputError
+
+if TYPE_CHECKING:
+    from attntune.progress import TuningSummary
+
+_DATABASE = Path("tuning.jsonl")
+
+
+def tune(
+    what: Annotated[list[str], typer.Argument(help="A model directory or hub id, or workload keys (JSON).")],
+    target: TargetOption = "native",
+    seconds: Annotated[float | None, typer.Option(min=0, help="Stop after so many seconds.")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Stop after so many trials.")] = None,
+    database: DatabaseOption = _DATABASE,
+    searcher: Annotated[str, typer.Option(help="grid, random or evolutionary.")] = "evolutionary",
+    seed: Annotated[int, typer.Option(help="Of the searcher and of the operands.")] = 0,
+    shapes: OptionalShapes = None,
+    cold: Annotated[bool, typer.Option("--cold", help="Flush the caches before each timed call.")] = False,
+) -> Reply:
+    """Tune a model's or single workloads' schedules; records go to the database, and a later run resumes from it."""
+    import attntune
+
+    database = database or _DATABASE
+    subject = subject_of(what, shapes)
+    again = resume_command(what, target, seconds, trials, database, searcher, seed, shapes, cold)
+    try:
+        with Progress() as progress:
+            summary = attntune.tune(
+                subject,
+                target=target,
+                seconds=seconds,
+                trials=trials,
+                database=database,
+                searcher=searcher,
+                seed=seed,
+                shapes=None if shapes is None else parse_shapes(shapes),
+                cache="cold" if cold else "hot",
+                on_event=progress,
+            )
+    except KeyboardInterrupt:
+        note(f"interrupted; every finished trial is kept in {database}. Resume with:\n  {again}")
+        raise
+    document = {**summary.to_json(), "resume": again}
+    return Reply(document, _text(summary, again), exit_code=130 if summary.interrupted else 0)
+
+
+def subject_of(what: Sequence[str], shapes: str | None) -> Any:
+    """The model, or the workloads, that the arguments name.
+
+    Raises:
+        InputError: models and workload keys are mixed, or there are several models.
+    """
+    keys = [text for text in what if text.lstrip().startswith("{")]
+    if keys and len(keys) == len(what):
+        from attntune.ops import workload_from_key
+
+        if shapes is not None:
+            raise InputError("expected --shapes only with a model: workload keys hold their own shapes")
+        return [workload_from_key(key) for key in keys]
+    if len(what) != 1:
+        raise InputError(f"expected one model, or workload keys only, got {list(what)}")
+    return load_model(what[0])
+
+
+def resume_command(
+    what: Sequence[str], target: str, seconds: float | None, trials: int | None, database: Path, searcher: str,
+    seed: int, shapes: str | None, cold: bool,
+) -> str:  # fmt: skip
+    """The command that goes on where this run stopped."""
+    options = {
+        "--target": target if target != "native" else None,
+        "--seconds": f"{seconds:g}" if seconds is not None else None,
+        "--trials": trials,
+        "--database": database,
+        "--searcher": searcher if searcher != "evolutionary" else None,
+        "--seed": seed or None,
+        "--shapes": shapes,
+    }
+    words = ["attntune", "tune", *what]
+    for option, value in options.items():
+        if value is not None:
+            words += [option, str(value)]
+    return shlex.join([*words, "--cold"] if cold else words)
+
+
+def _text(summary: TuningSummary, again: str) -> str:
+    rows = [
+        (str(r.workload), r.calls, r.trials, sum(n for s, n in r.statuses.items() if s != "correct"), r.source,
+         seconds_text(r.best_secs), ratio_text(r.speedup), percent_text(r.peak_fraction))
+        for r in summary.results
+    ]  # fmt: skip
+    headers = ("workload", "calls", "trials", "failed", "winner", "best", "vs default", "of peak")
+    whole = "" if summary.speedup is None else f"; all kernels together {summary.speedup:.2f}x the default"
+    lines = [
+        table(headers, rows),
+        f"{summary.trials} trials in {summary.elapsed_secs:.0f} s, {summary.resumed} known before"
+        f"{whole}; records in {summary.database}",
+    ]
+    if summary.interrupted:
+        lines.append(f"interrupted; every finished trial is kept. Resume with:\n  {again}")
+    return "\n".join(lines)
