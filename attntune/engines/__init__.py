@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 from attntune.engines.attntune_ import AttntuneEngine
 from attntune.engines.engine import Engine, ModelSource
 from attntune.engines.onnxruntime_ import OnnxRuntimeEngine
@@ -17,8 +19,20 @@ __all__ = ["ENGINES", "Engine", "ModelSource", "engine"]
 
 
 def engine(name: str) -> type[Engine]:
-    """The engine called ``name``; raises :class:`EngineError` naming those there are."""
-    try:
+    """The engine called ``name``, or the class that ``"module:Class"`` names.
+
+    Raises:
+        EngineError: naming the engines there are, or what is wrong with the class.
+    """
+    if name in ENGINES:
         return ENGINES[name]
-    except KeyError:
-        raise EngineError(f"unknown engine {name!r}; expected one of {sorted(ENGINES)}") from None
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise EngineError(f"unknown engine {name!r}; expected one of {sorted(ENGINES)} or 'module:Class'")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise EngineError(f"cannot import the engine {name!r}: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, Engine)):
+        raise EngineError(f"expected {name!r} to be a subclass of attntune.engines.Engine, got {found!r}")
+    return found

@@ -18,12 +18,12 @@ class AttntuneEngine(Engine):
     title: ClassVar[str] = "attntune"
 
     def load(self, source: ModelSource, threads: int) -> None:
-        """Load the artifact; it was compiled for a number of threads, which the process's environment repeats."""
-        from attntune.runtime import load
-
+        """Load the artifact to run with ``threads`` threads."""
         if not source.artifact:
             raise EngineError("the attntune engine needs a compiled artifact; expected source.artifact to be set")
-        self._tuned = load(source.artifact)
+        from attntune.runtime import load
+
+        self._tuned = load(source.artifact, cores=threads)
         self._source = source
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -30,7 +30,7 @@ class PyTorchEngine(Engine):
             raise EngineError("the pytorch engine needs the model's graph; expected source.graph to be set")
         torch.set_num_threads(threads)
         self._torch = torch
-        self._model: Callable[..., dict[str, Any]] = TorchModel(ModelGraph.load(source.graph), source.entry)
+        self._model: Any = TorchModel(ModelGraph.load(source.graph), source.entry)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """NumPy in, NumPy out."""

@@ -73,7 +73,7 @@ def test_axes_are_dynamic_and_weights_keep_their_names(tmp_path):
     model = tiny_bert()
     proto = onnx.load(export_onnx(model, tmp_path / "m.onnx"))
     shapes = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in proto.graph.input}
-    assert shapes == dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ["batch", "seq"])
+    assert shapes == {key: ["batch", "seq"] for key in ("input_ids", "attention_mask", "token_type_ids")}
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     for name, value in model.weights.items():
         np.testing.assert_array_equal(stored[name], value)
@@ -146,4 +146,4 @@ def test_reference_names_a_missing_or_misshapen_input():
         evaluate(model, {"input_ids": inputs["input_ids"]})
     with pytest.raises(InputError, match="seq=5"):
         evaluate(model, {**inputs, "attention_mask": inputs["attention_mask"][:, :4]})
-    assert HEADS * 8 == evaluate(model, inputs)["last_hidden_state"].shape[-1]
+    assert evaluate(model, inputs)["last_hidden_state"].shape[-1] == HEADS * 8
