@@ -110,7 +110,7 @@ class IsolatedProcess:
         Raises:
             WorkerDied: the child ended (crash, ``exit``, abort); the message holds the end of what it printed.
             WorkerTimeout: no answer in time; the child was killed.
-            RemoteError: the function raised, or its result cannot be pickled. Errors of attntune's own come as themselves.
+            RemoteError: the function raised, or its result cannot be pickled. attntune's own errors come as themselves.
         """
         with self._lock:
             child = self._ensure()
