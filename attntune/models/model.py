@@ -1,0 +1,204 @@
+"""A model: a Relax module of attntune's operator calls with symbolic dimensions, its weights, and its entry points."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attntune.errors import ModelError
+from attntune.models.operators import PREFIX
+from attntune.ops import TensorSpec, Workload, operator
+
+Dim = int | str
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """An input or output of an entry point; symbolic dimensions are names such as ``batch`` and ``seq``."""
+
+    name: str
+    dims: tuple[Dim, ...]
+    dtype: str
+    optional: bool = False
+    """Whether a caller may leave it out; ``fill`` is used then."""
+    upper: int | None = None
+    """Integers must lie in [0, upper)."""
+    fill: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One callable function of a model, such as ``forward``."""
+
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[InputSpec, ...]
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """One operator call of a model, in execution order; names refer to inputs, weights or earlier results."""
+
+    op: str
+    attrs: Mapping[str, Any]
+    args: tuple[str, ...]
+    arg_shapes: tuple[tuple[Dim, ...], ...]
+    arg_dtypes: tuple[str, ...]
+    result: str
+    result_shape: tuple[Dim, ...]
+    result_dtype: str
+
+    def workload(self, dims: Mapping[str, int], constants: frozenset[str] = frozenset()) -> Workload:
+        """The workload of this call with symbolic dimensions bound."""
+        specs = [
+            TensorSpec(name, bind(shape, dims), dtype, constant=name in constants)
+            for name, shape, dtype in zip(self.args, self.arg_shapes, self.arg_dtypes, strict=True)
+        ]
+        return operator(self.op).from_call(self.attrs, specs)
+
+
+def bind(shape: Sequence[Dim], dims: Mapping[str, int]) -> tuple[int, ...]:
+    """A concrete shape; raises :class:`ModelError` naming the dimension that has no value."""
+    try:
+        return tuple(dims[dim] if isinstance(dim, str) else dim for dim in shape)
+    except KeyError as error:
+        raise ModelError(f"expected a value for dimension {error}, got {dict(dims)}") from None
+
+
+@dataclass
+class Model:
+    """A model that can be tuned, compiled, exported and compared."""
+
+    name: str
+    family: str
+    config: Mapping[str, Any]
+    weights: dict[str, np.ndarray]
+    entries: Mapping[str, Entry]
+    make_module: Callable[[], Any] = field(repr=False)
+    """Builds the ``tvm.relax.frontend.nn.Module`` whose methods are the entry points."""
+    max_lengths: Mapping[str, int] = field(default_factory=dict)
+    """Largest value of a symbolic dimension, e.g. the number of position embeddings."""
+    directory: Path | None = None
+    """Where it was read from, and where its tokenizer is."""
+
+    def entry(self, name: str) -> Entry:
+        """The entry point called ``name``; raises :class:`ModelError` naming those there are."""
+        try:
+            return self.entries[name]
+        except KeyError:
+            raise ModelError(f"{self.name} has no entry {name!r}; expected one of {sorted(self.entries)}") from None
+
+    @cached_property
+    def _exported(self) -> tuple[Any, list[str]]:
+        from tvm.relax.frontend import nn
+
+        spec = {
+            name: {s.name: nn.spec.Tensor(list(s.dims), s.dtype) for s in entry.inputs}
+            for name, entry in self.entries.items()
+        }
+        module, parameters = self.make_module().export_tvm(spec)
+        names = [name for name, _ in parameters]
+        if missing := set(names) - set(self.weights):
+            raise ModelError(f"{self.name}: weights lack {sorted(missing)}")
+        for name, parameter in parameters:
+            shape = tuple(int(dim) for dim in parameter.shape)
+            if self.weights[name].shape != shape:
+                raise ModelError(f"{self.name}: weight {name} is {self.weights[name].shape}, expected {shape}")
+        return module, names
+
+    def ir_module(self) -> Any:
+        """The Relax ``IRModule``: one function per entry, inputs then weights as parameters, symbolic dimensions."""
+        return self._exported[0]
+
+    def calls(self, entry: str = "forward") -> tuple[OpCall, ...]:
+        """The operator calls of ``entry`` in execution order, raised from the Relax function."""
+        self.entry(entry)
+        cache: dict[str, tuple[OpCall, ...]] = self.__dict__.setdefault("_calls", {})
+        if entry not in cache:
+            module, names = self._exported
+            outputs = [spec.name for spec in self.entries[entry].outputs]
+            cache[entry] = _raise_calls(module[entry], [s.name for s in self.entries[entry].inputs] + names, outputs)
+        return cache[entry]
+
+    def weight_names(self, entry: str = "forward") -> tuple[str, ...]:
+        """Weights that ``entry`` reads, in order of first use."""
+        used = dict.fromkeys(arg for call in self.calls(entry) for arg in call.args if arg in self.weights)
+        return tuple(used)
+
+    def workloads(self, shapes: Sequence[Mapping[str, int]], entry: str = "forward") -> dict[Workload, int]:
+        """Workload → how many of its calls one run at each of ``shapes`` makes, in execution order."""
+        constants = frozenset(self.weights)
+        counts: Counter[Workload] = Counter()
+        for dims in shapes:
+            self.check_dims(dims)
+            counts.update(call.workload(dims, constants) for call in self.calls(entry))
+        return dict(counts)
+
+    def check_dims(self, dims: Mapping[str, int]) -> None:
+        """Raise :class:`ModelError` when a dimension is not positive or longer than the model allows."""
+        for name, value in dims.items():
+            limit = self.max_lengths.get(name)
+            if value < 1 or (limit is not None and value > limit):
+                raise ModelError(f"{self.name}: expected {name} between 1 and {limit or 'any'}, got {value}")
+
+
+def _raise_calls(function: Any, parameter_names: list[str], outputs: list[str]) -> tuple[OpCall, ...]:
+    from tvm import relax
+
+    names = {param: name for param, name in zip(function.params, parameter_names, strict=True)}
+    calls: list[OpCall] = []
+    taken = set(parameter_names)
+    returned = function.body.body
+    final = list(returned.fields) if isinstance(returned, relax.Tuple) else [returned]
+
+    for block in function.body.blocks:
+        for binding in block.bindings:
+            value = binding.value
+            if isinstance(value, relax.Var):
+                names[binding.var] = names[value]
+                continue
+            symbol = value.args[0] if isinstance(value, relax.Call) and value.args else None
+            if not isinstance(symbol, relax.ExternFunc) or not str(symbol.global_symbol).startswith(PREFIX):
+                raise ModelError(f"expected only attntune operator calls in a model, got {value}")
+            *tensors, attrs = list(value.args)[1:]
+            result = str(binding.var.name)
+            while result in taken:
+                result += "_"
+            taken.add(result)
+            names[binding.var] = result
+            calls.append(
+                OpCall(
+                    op=str(symbol.global_symbol).removeprefix(PREFIX),
+                    attrs=json.loads(attrs.value),
+                    args=tuple(names[tensor] for tensor in tensors),
+                    arg_shapes=tuple(_dims(tensor) for tensor in tensors),
+                    arg_dtypes=tuple(_dtype(tensor) for tensor in tensors),
+                    result=result,
+                    result_shape=_dims(binding.var),
+                    result_dtype=_dtype(binding.var),
+                )
+            )
+    renamed = {names[var]: output for var, output in zip(final, outputs, strict=True)}
+
+    def rename(name: str) -> str:
+        return renamed.get(name, name)
+
+    return tuple(
+        OpCall(c.op, c.attrs, tuple(map(rename, c.args)), c.arg_shapes, c.arg_dtypes, rename(c.result),
+               c.result_shape, c.result_dtype)
+        for c in calls
+    )  # fmt: skip
+
+
+def _dims(var: Any) -> tuple[Dim, ...]:
+    return tuple(int(d) if hasattr(d, "value") else str(d.name) for d in var.ty.shape)
+
+
+def _dtype(var: Any) -> str:
+    return str(var.ty.dtype)

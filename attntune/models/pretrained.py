@@ -1,0 +1,116 @@
+"""Load models from Hugging Face style directories: config.json, model.safetensors, tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attntune.errors import ModelError
+from attntune.models import bert
+from attntune.models.model import Model
+
+
+def _load_bert(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory: Path) -> Model:
+    config = bert.BertConfig.from_json(fields, pooling=_mean_pooling(directory))
+    return bert.build(config, bert.rename(config, tensors), _name(fields, directory))
+
+
+def _name(fields: Mapping[str, Any], directory: Path) -> str:
+    """The name its authors gave the checkpoint, or else the directory's."""
+    return str(fields.get("_name_or_path") or directory.resolve().name).rstrip("/").rsplit("/", 1)[-1]
+
+
+#: Loaders by ``model_type`` of config.json. A new family adds one line.
+LOADERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, np.ndarray], Path], Model]] = {"bert": _load_bert}
+
+
+def from_pretrained(path: str | Path) -> Model:
+    """Load a model from a directory, or from a Hugging Face hub id where there is a network.
+
+    Args:
+        path: a directory with ``config.json`` and ``model.safetensors``; or an id such as
+            ``"sentence-transformers/all-MiniLM-L6-v2"``, downloaded with ``huggingface_hub``.
+
+    Raises:
+        ModelError: when a file or field is missing, or the model family or one of its options is not supported.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        directory = _download(str(path))
+    config_path = directory / "config.json"
+    if not config_path.is_file():
+        raise ModelError(f"expected {config_path}, which does not exist")
+    try:
+        fields = json.loads(config_path.read_text())
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{config_path} is not valid JSON: {error}") from None
+    family = fields.get("model_type")
+    if family not in LOADERS:
+        raise ModelError(f"{config_path}: model_type {family!r} is not supported; expected one of {sorted(LOADERS)}")
+    model = LOADERS[family](fields, read_safetensors(directory), directory)
+    model.directory = directory
+    return model
+
+
+def read_safetensors(directory: Path) -> dict[str, np.ndarray]:
+    """Every tensor of ``model.safetensors``, or of the shards its index names.
+
+    Raises:
+        ModelError: when the file is absent or damaged.
+    """
+    try:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+    except ImportError:
+        raise ModelError("reading weights needs safetensors; install it with: pip install 'attntune[models]'") from None
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({directory / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = [directory / "model.safetensors"]
+    tensors: dict[str, np.ndarray] = {}
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"expected weights in {file}, which does not exist")
+        try:
+            tensors.update(load_file(file))
+        except SafetensorError as error:
+            raise ModelError(f"{file} is not a valid safetensors file: {error}") from None
+    return tensors
+
+
+def _mean_pooling(directory: Path) -> bool:
+    """Whether a sentence-transformers directory asks for mean pooling."""
+    pooling = directory / "1_Pooling" / "config.json"
+    if not pooling.is_file():
+        return False
+    fields = json.loads(pooling.read_text())
+    if not fields.get("pooling_mode_mean_tokens", False):
+        asked = [name for name, on in fields.items() if name.startswith("pooling_mode") and on is True]
+        raise ModelError(f"{pooling}: {asked} is not supported; expected pooling_mode_mean_tokens")
+    return True
+
+
+def _download(hub_id: str) -> Path:
+    if hub_id.startswith((".", "/")) or hub_id.count("/") > 1 or not hub_id:
+        raise ModelError(f"expected a model directory or a hub id such as 'owner/name', got {hub_id!r}")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ModelError(f"{hub_id!r} is not a directory, and a hub id needs: pip install 'attntune[models]'") from None
+    patterns = [
+        "config.json",
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "tokenizer*.json",
+        "modules.json",
+        "1_Pooling/*",
+    ]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except Exception as error:  # the hub raises many kinds
+        raise ModelError(f"{hub_id!r} is neither a directory nor a hub model that can be downloaded: {error}") from None

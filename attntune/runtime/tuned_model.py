@@ -1,0 +1,257 @@
+"""Run a compiled model: NumPy in and out, torch in and out, from any thread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attntune.errors import InputError
+from attntune.runtime.artifact import ALIGNMENT, LIBRARY, WEIGHTS, Artifact, map_weights, open_artifact
+from attntune.runtime.buckets import Bucket, Piece, Planner, buckets_of
+from attntune.runtime.library import KERNEL_THREAD, device_tensors, load_runtime
+from attntune.target import Target
+
+_CPU = 1  # kDLCPU
+_POOLED = 2
+
+
+def load(path: str | Path, *, cores: int | None = None) -> TunedModel:
+    """Load an artifact that :meth:`Artifact.save` wrote. Needs TVM's runtime library, not its compiler.
+
+    Args:
+        path: the artifact's folder.
+        cores: threads to run with; by default as many as it was compiled for, or as this process may use if fewer.
+
+    Raises:
+        ArtifactError: see :func:`attntune.runtime.artifact.open_artifact`.
+    """
+    return TunedModel(open_artifact(path), cores=cores)
+
+
+class TunedModel:
+    """A compiled model, loaded.
+
+    Calling it runs the entry ``forward``; :meth:`run` runs any entry by name. Inputs go by keyword, with symbolic
+    dimensions of any size up to the longest compiled shape; the batch is cut into, and sequences padded to, compiled
+    shapes. Calls may come from many threads; they run one after another, each on all cores.
+    """
+
+    def __init__(self, artifact: Artifact, *, cores: int | None = None) -> None:
+        self.manifest = artifact.manifest
+        self.folder = artifact.folder
+        self.target = Target.from_json(self.manifest["target"])
+        self.cores = cores or self.target.cores
+        self._planners = {
+            entry: Planner(buckets_of(self.manifest["buckets"], entry)) for entry in self.manifest["entries"]
+        }
+        arrays = map_weights(self.folder / WEIGHTS, self.manifest["weights"])
+        KERNEL_THREAD.run(self.cores, lambda: self._load(arrays))
+
+    def _load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        tvm_ffi = load_runtime()
+        self._arrays = arrays
+        names = {name for entry in self.manifest["entries"].values() for name in entry["weights"]}
+        tensors = {name: device_tensors([_writable(arrays[name])])[0] for name in names}
+        self._weights = {
+            name: [tensors[weight] for weight in entry["weights"]] for name, entry in self.manifest["entries"].items()
+        }
+        library = tvm_ffi.load_module(str((self.folder / LIBRARY).resolve()))
+        self._machine = library["vm_load_executable"]()
+        self._machine["vm_initialization"](_CPU, 0, _POOLED)
+        self._functions: dict[str, Any] = {}
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """Names that :meth:`run` takes."""
+        return tuple(self.manifest["entries"])
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Run ``forward``; see :meth:`run`."""
+        return self.run("forward", **inputs)
+
+    def run(self, entry: str, /, **inputs: Any) -> Any:
+        """Run an entry point.
+
+        Args:
+            entry: one of :attr:`entries`.
+            inputs: arrays by name, NumPy or torch (CPU); the dtypes and ranks the manifest gives (any integer dtype
+                where it says int64).
+
+        Returns:
+            The entry's output, as NumPy or, when any input is a torch tensor, as torch, sharing memory with the kernel's
+            result; a tuple of them for entries with several outputs.
+
+        Raises:
+            InputError: naming the input that is missing, unknown, of the wrong dtype or rank, of a size that contradicts
+                another's, out of range, or too long.
+        """
+        try:
+            signature, planner = self.manifest["entries"][entry], self._planners[entry]
+        except KeyError:
+            raise InputError(f"unknown entry {entry!r}; expected one of {sorted(self.entries)}") from None
+        torch_out = any(type(value).__module__.split(".")[0] == "torch" for value in inputs.values())
+        arrays, dims = check_inputs(signature["inputs"], inputs, self.manifest["name"])
+        pieces = planner.plan(dims["batch"], dims["seq"])
+        results = KERNEL_THREAD.run(self.cores, lambda: self._run(entry, signature, arrays, dims, pieces))
+        if torch_out:
+            import torch
+
+            results = [torch.from_numpy(result) for result in results]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _run(
+        self,
+        entry: str,
+        signature: Mapping[str, Any],
+        arrays: list[np.ndarray | None],
+        dims: Mapping[str, int],
+        pieces: tuple[Piece, ...],
+    ) -> list[np.ndarray]:
+        parts = []
+        for piece in pieces:
+            prepared = [_fit(array, spec, piece, dims) for array, spec in zip(arrays, signature["inputs"], strict=True)]
+            function = self._function(piece.bucket)
+            out = function(*device_tensors(prepared), *self._weights[entry])
+            outputs = [out] if len(signature["outputs"]) == 1 else list(out)
+            parts.append([np.from_dlpack(output) for output in outputs])
+        results = []
+        for index, spec in enumerate(signature["outputs"]):
+            shape = tuple(dims[dim] if isinstance(dim, str) else dim for dim in spec["dims"])
+            first = parts[0][index]
+            if len(parts) == 1 and first.shape == shape:
+                results.append(first)
+                continue
+            whole = np.empty(shape, first.dtype)
+            for piece, part in zip(pieces, parts, strict=True):
+                inside = tuple(
+                    slice(0, piece.stop - piece.start) if dim == "batch" else slice(0, size)
+                    for dim, size in zip(spec["dims"], shape, strict=True)
+                )
+                whole[piece.start : piece.stop] = part[index][inside]
+            results.append(whole)
+        return results
+
+    def _function(self, bucket: Bucket) -> Any:
+        function = self._functions.get(bucket.function)
+        if function is None:
+            function = self._functions[bucket.function] = self._machine[bucket.function]
+        return function
+
+
+def check_inputs(
+    specs: list[Mapping[str, Any]], inputs: Mapping[str, Any], model: str
+) -> tuple[list[np.ndarray | None], dict[str, int]]:
+    """Inputs as NumPy arrays in the order of ``specs`` (None where left out), and the sizes of symbolic dimensions.
+
+    Raises:
+        InputError: see :meth:`TunedModel.run`.
+    """
+    names = [spec["name"] for spec in specs]
+    if unknown := sorted(set(inputs) - set(names)):
+        raise InputError(f"{model}: unknown inputs {unknown}; expected {names}")
+    dims: dict[str, int] = {}
+    arrays: list[np.ndarray | None] = []
+    for spec in specs:
+        name = spec["name"]
+        value = inputs.get(name)
+        if value is None:
+            if not spec["optional"]:
+                raise InputError(f"{model}: missing input {name!r}; expected {_signature(spec)}")
+            arrays.append(None)
+            continue
+        array = _as_numpy(value, name)
+        wanted = np.dtype(spec["dtype"])
+        fits = np.issubdtype(array.dtype, np.integer) if wanted.kind == "i" else array.dtype == wanted
+        if wanted.kind == "i" and array.dtype == np.bool_:
+            fits = True
+        if not fits:
+            raise InputError(f"{model}: input {name!r} has dtype {array.dtype}; expected {_signature(spec)}")
+        if array.ndim != len(spec["dims"]):
+            raise InputError(f"{model}: input {name!r} has shape {array.shape}; expected {_signature(spec)}")
+        for axis, dim in enumerate(spec["dims"]):
+            size = array.shape[axis]
+            expected = dims.setdefault(dim, size) if isinstance(dim, str) else dim
+            if size != expected:
+                raise InputError(
+                    f"{model}: input {name!r} has shape {array.shape}; expected axis {axis} ({dim}) to be {expected}"
+                )
+            if size == 0:
+                raise InputError(f"{model}: input {name!r} has shape {array.shape}; expected no empty axis")
+        if spec["upper"] is not None and (int(array.min()) < 0 or int(array.max()) >= spec["upper"]):
+            raise InputError(
+                f"{model}: input {name!r} holds values from {array.min()} to {array.max()}; "
+                f"expected them in [0, {spec['upper']})"
+            )
+        arrays.append(array.astype(wanted, copy=False))
+    return arrays, dims
+
+
+def _signature(spec: Mapping[str, Any]) -> str:
+    return f"{spec['dtype']} ({', '.join(map(str, spec['dims']))})"
+
+
+def _as_numpy(value: Any, name: str) -> np.ndarray:
+    if type(value).__module__.split(".")[0] == "torch":
+        if value.device.type != "cpu":
+            raise InputError(f"input {name!r} is on {value.device}; expected a CPU tensor")
+        return np.asarray(value.detach().numpy())
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, (list, tuple)):
+        try:
+            return np.asarray(value)
+        except ValueError:
+            raise InputError(f"input {name!r} is ragged; expected rows of equal length") from None
+    raise InputError(f"input {name!r} is a {type(value).__name__}; expected a NumPy array or a torch tensor")
+
+
+def _fit(array: np.ndarray | None, spec: Mapping[str, Any], piece: Piece, dims: Mapping[str, int]) -> np.ndarray:
+    """The rows of ``piece``, padded with zeros to its bucket; copied only when padded, unaligned or not contiguous."""
+    wanted = tuple(piece.bucket[dim] if isinstance(dim, str) else int(dim) for dim in spec["dims"])
+    inside = tuple(
+        piece.stop - piece.start if dim == "batch" else dims[dim] if isinstance(dim, str) else dim
+        for dim in spec["dims"]
+    )
+    if array is not None:
+        rows = array[piece.start : piece.stop] if spec["dims"][0] == "batch" else array
+        if rows.shape == wanted and rows.flags.c_contiguous and rows.ctypes.data % ALIGNMENT == 0:
+            return _writable(rows)
+    else:
+        rows = np.full(inside, spec["fill"], spec["dtype"])
+    padded = aligned_zeros(wanted, np.dtype(spec["dtype"]))
+    padded[tuple(slice(0, size) for size in inside)] = rows
+    return padded
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Zeros whose first element lies at a multiple of 64 bytes, as vector loads want."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _writable(array: np.ndarray) -> np.ndarray:
+    """A writable view of read-only memory, which DLPack refuses to export; kernels never write their inputs."""
+    if array.flags.writeable:
+        return array
+    pointer = array.__array_interface__["data"][0]
+    import ctypes
+
+    buffer = (ctypes.c_char * array.nbytes).from_address(pointer)
+    view = np.frombuffer(buffer, array.dtype).reshape(array.shape)
+    return _Keeping(view, array)
+
+
+class _Keeping(np.ndarray):
+    """A view that keeps the owner of its memory alive."""
+
+    owner: np.ndarray
+
+    def __new__(cls, view: np.ndarray, owner: np.ndarray) -> _Keeping:
+        kept = view.view(cls)
+        kept.owner = owner
+        return kept
