@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +56,7 @@ def command(verb: Callable[..., Reply]) -> Callable[..., None]:
             _report_error(error, json_output)
             raise typer.Exit(2) from None
         if json_output:
-            print(json.dumps(reply.document, indent=1, allow_nan=False, default=str))
+            print(json.dumps(_finite(reply.document), indent=1, allow_nan=False, default=str))
         elif reply.text:
             print(reply.text)
         sys.stdout.flush()
@@ -83,6 +84,17 @@ def _report_error(error: AttntuneError, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
     print(f"error: {error}", file=sys.stderr)
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with null for the infinities and NaNs that JSON cannot say."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
 
 
 def note(text: str) -> None:
@@ -138,7 +150,7 @@ def _is_number(cell: str) -> bool:
 
 def seconds_text(secs: float | None) -> str:
     """A duration for people: ``12.3 us``, ``4.56 ms``, ``1.20 s``; ``-`` when there is none."""
-    if secs is None or secs != secs or secs == float("inf"):
+    if secs is None or not math.isfinite(secs):
         return "-"
     for scale, unit in ((1e-6, "us"), (1e-3, "ms")):
         if secs < 1000 * scale:

@@ -20,7 +20,7 @@ def wheel(tmp_path_factory):
     """The wheel, built from a copy of the sources so that no build folder is left in the checkout."""
     source = tmp_path_factory.mktemp("source")
     for folder in ("attntune", "schedules"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     output = tmp_path_factory.mktemp("wheel")

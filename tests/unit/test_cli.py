@@ -155,6 +155,14 @@ class TestCommand:
             run(count=3, json_output=False, traceback=False)
         assert capsys.readouterr().out == "3 things\n"
 
+    def test_json_has_no_infinities(self, capsys):
+        import typer
+
+        found = Reply({"errors": [float("inf"), float("nan"), 1.5]}, "")
+        with pytest.raises(typer.Exit):
+            command(lambda: found)(json_output=True, traceback=False)
+        assert json.loads(capsys.readouterr().out) == {"errors": [None, None, 1.5]}
+
     def test_interrupt_exits_with_130(self, capsys, monkeypatch):
         def interrupted():
             raise KeyboardInterrupt
