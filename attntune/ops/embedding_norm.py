@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from attntune.ops.layer_norm import affine_specs, normalized, normalized_reference
+from attntune.ops.reduction import Reduction
 from attntune.ops.workload import FLOAT_DTYPES, TensorSpec, Workload, one_of, positive, random_operand, require
 
 
@@ -76,7 +77,11 @@ class EmbeddingNorm(Workload):
         return (TensorSpec("y", (self.batch, self.seq, self.features), self.dtype),)
 
     def compute(self) -> list[Any]:
-        """Stage ``row`` (the sum of embeddings), then those of ``layer_norm.normalized``."""
+        """The definition with plain reductions."""
+        return self.expression(Reduction())
+
+    def expression(self, reduction: Reduction) -> list[Any]:
+        """The definition over any reduction strategy: stage ``row`` (the sum), then ``layer_norm.normalized``."""
         from tvm import te
 
         operands = [te.placeholder(spec.shape, spec.dtype, spec.name) for spec in self.inputs()]
@@ -90,7 +95,7 @@ class EmbeddingNorm(Workload):
             ),
             name="row",
         )
-        return [*operands, normalized(row, weight, bias, self.eps, self.dtype)]
+        return [*operands, normalized(row, weight, bias, self.eps, self.dtype, reduction)]
 
     def reference(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """Float64 NumPy."""

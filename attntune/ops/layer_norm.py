@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from attntune.ops.reduction import Reduction
 from attntune.ops.workload import FLOAT_DTYPES, TensorSpec, Workload, one_of, positive, require
 
 
@@ -64,7 +65,11 @@ class LayerNorm(Workload):
         return (TensorSpec("y", (self.rows, self.features), self.dtype),)
 
     def compute(self) -> list[Any]:
-        """Stages ``row`` (what is normalised), then those of :func:`normalized`."""
+        """The definition with plain reductions."""
+        return self.expression(Reduction())
+
+    def expression(self, reduction: Reduction) -> list[Any]:
+        """The definition over any reduction strategy: stage ``row`` (what is normalised), then :func:`normalized`."""
         from tvm import te
 
         specs = self.inputs()
@@ -78,7 +83,7 @@ class LayerNorm(Workload):
             ),
             name="row",
         )
-        return [*operands, normalized(row, operands[-2], operands[-1], self.eps, self.dtype)]
+        return [*operands, normalized(row, operands[-2], operands[-1], self.eps, self.dtype, reduction)]
 
     def reference(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """Float64 NumPy."""
@@ -97,7 +102,7 @@ def affine_specs(features: int, dtype: str) -> tuple[TensorSpec, TensorSpec]:
     )
 
 
-def normalized(row: Any, weight: Any, bias: Any, eps: float, dtype: str) -> Any:
+def normalized(row: Any, weight: Any, bias: Any, eps: float, dtype: str, reduction: Reduction) -> Any:
     """The tensor expression of normalising float32 ``row`` (…, features) over its last axis.
 
     Stages: ``total`` and ``mean``, ``squares`` and ``scale`` (all (…,), float32), ``y`` in ``dtype``.
@@ -106,13 +111,9 @@ def normalized(row: Any, weight: Any, bias: Any, eps: float, dtype: str) -> Any:
 
     *lead, features = (int(extent) for extent in row.shape)
     per_feature = tirx.const(1.0 / features, "float32")
-    k = te.reduce_axis((0, features), name="k")
-    total = te.compute(lead, lambda *i: te.sum(row[(*i, k)], axis=k), name="total")
+    total = reduction.sum("total", lead, features, lambda i, k: row[(*i, k)])
     mean = te.compute(lead, lambda *i: total[i] * per_feature, name="mean")
-    k2 = te.reduce_axis((0, features), name="k2")
-    squares = te.compute(
-        lead, lambda *i: te.sum((row[(*i, k2)] - mean[i]) * (row[(*i, k2)] - mean[i]), axis=k2), name="squares"
-    )
+    squares = reduction.sum("squares", lead, features, lambda i, k: (row[(*i, k)] - mean[i]) * (row[(*i, k)] - mean[i]))
     one = tirx.const(1.0, "float32")
     scale = te.compute(
         lead, lambda *i: one / tirx.sqrt(squares[i] * per_feature + tirx.const(eps, "float32")), name="scale"

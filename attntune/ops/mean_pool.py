@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from attntune.ops.reduction import Reduction
 from attntune.ops.workload import FLOAT_DTYPES, TensorSpec, Workload, one_of, positive, random_operand, require
 
 #: Least norm that is divided by, as in ``torch.nn.functional.normalize``.
@@ -61,7 +62,14 @@ class MeanPool(Workload):
         return (TensorSpec("y", (self.batch, self.features), self.dtype),)
 
     def compute(self) -> list[Any]:
-        """Stages ``count``, ``total``, ``mean``, and with ``normalize`` ``squares`` and ``scale``; then ``y``."""
+        """The definition with plain reductions."""
+        return self.expression(Reduction())
+
+    def expression(self, reduction: Reduction) -> list[Any]:
+        """The definition over any strategy for reducing along a contiguous axis.
+
+        Stages: ``count``, ``total``, ``share``, ``mean``; with ``normalize`` also ``squares`` and ``scale``; ``y``.
+        """
         from tvm import te, tirx
 
         def f32(value: float) -> Any:
@@ -69,24 +77,22 @@ class MeanPool(Workload):
 
         x, mask = (te.placeholder(spec.shape, spec.dtype, spec.name) for spec in self.inputs())
         zero = tirx.const(0, "int64")
-        s = te.reduce_axis((0, self.seq), name="s")
-        count = te.compute(
-            (self.batch,), lambda b: te.sum(tirx.Select(mask[b, s] != zero, f32(1.0), f32(0.0)), axis=s), name="count"
+        count = reduction.sum(
+            "count", (self.batch,), self.seq, lambda i, k: tirx.Select(mask[(*i, k)] != zero, f32(1.0), f32(0.0))
         )
-        s2 = te.reduce_axis((0, self.seq), name="s2")
+        s = te.reduce_axis((0, self.seq), name="s")
         shape = (self.batch, self.features)
         total = te.compute(
             shape,
             # Select, not a product: 0 · inf in a padded position would be NaN.
-            lambda b, f: te.sum(tirx.Select(mask[b, s2] != zero, x[b, s2, f].astype("float32"), f32(0.0)), axis=s2),
+            lambda b, f: te.sum(tirx.Select(mask[b, s] != zero, x[b, s, f].astype("float32"), f32(0.0)), axis=s),
             name="total",
         )
         share = te.compute((self.batch,), lambda b: f32(1.0) / te.max(count[b], f32(self.eps)), name="share")
         mean = te.compute(shape, lambda b, f: total[b, f] * share[b], name="mean")
         if not self.normalize:
             return [x, mask, te.compute(shape, lambda b, f: mean[b, f].astype(self.dtype), name="y")]
-        k = te.reduce_axis((0, self.features), name="k")
-        squares = te.compute((self.batch,), lambda b: te.sum(mean[b, k] * mean[b, k], axis=k), name="squares")
+        squares = reduction.sum("squares", (self.batch,), self.features, lambda i, k: mean[(*i, k)] * mean[(*i, k)])
         scale = te.compute(
             (self.batch,), lambda b: f32(1.0) / te.max(tirx.sqrt(squares[b]), f32(NORM_FLOOR)), name="scale"
         )

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from attntune.ops.reduction import Reduction
 from attntune.ops.workload import FLOAT_DTYPES, TensorSpec, Workload, one_of, positive
 
 
@@ -45,22 +46,28 @@ class Softmax(Workload):
         return (TensorSpec("y", (self.rows, self.features), self.dtype),)
 
     def compute(self) -> list[Any]:
-        """Stages ``top`` (row maximum), ``power`` (exponentials), ``total``, ``inverse`` and ``y``; float32 inside."""
+        """The definition with plain reductions."""
+        return self.expression(Reduction())
+
+    def expression(self, reduction: Reduction) -> list[Any]:
+        """The definition over any reduction strategy, float32 inside.
+
+        Stages: ``top`` (row maximum), ``power`` (exponentials), ``total``, ``inverse`` and ``y``.
+        """
         from tvm import te, tirx
 
         from attntune.ops import math as tmath
 
         shape = (self.rows, self.features)
         x = te.placeholder(shape, self.dtype, "x")
-        k = te.reduce_axis((0, self.features), name="k")
-        top = te.compute(shape[:1], lambda i: te.max(x[i, k].astype("float32"), axis=k), name="top")
+        lead = (self.rows,)
+        top = reduction.max("top", lead, self.features, lambda i, k: x[(*i, k)].astype("float32"))
         log2e = tirx.const(math.log2(math.e), "float32")
         power = te.compute(
             shape, lambda i, j: tmath.exp2_nonpositive((x[i, j].astype("float32") - top[i]) * log2e), name="power"
         )
-        k2 = te.reduce_axis((0, self.features), name="k2")
-        total = te.compute(shape[:1], lambda i: te.sum(power[i, k2], axis=k2), name="total")
-        inverse = te.compute(shape[:1], lambda i: tirx.const(1.0, "float32") / total[i], name="inverse")
+        total = reduction.sum("total", lead, self.features, lambda i, k: power[(*i, k)])
+        inverse = te.compute(lead, lambda i: tirx.const(1.0, "float32") / total[i], name="inverse")
         return [x, te.compute(shape, lambda i, j: (power[i, j] * inverse[i]).astype(self.dtype), name="y")]
 
     def reference(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:

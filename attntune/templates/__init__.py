@@ -1,0 +1,63 @@
+"""HOW: schedule templates, one for each operator and kind of target, and a generic one for every other operator."""
+
+from __future__ import annotations
+
+import importlib
+
+from attntune.errors import ScheduleError, TargetError
+from attntune.ops.workload import Workload
+from attntune.target import Target
+from attntune.templates.cpu.attention import AttentionCPU
+from attntune.templates.cpu.embedding_norm import EmbeddingNormCPU
+from attntune.templates.cpu.generic import GenericCPU
+from attntune.templates.cpu.layer_norm import LayerNormCPU
+from attntune.templates.cpu.linear import LinearCPU
+from attntune.templates.cpu.mean_pool import MeanPoolCPU
+from attntune.templates.cpu.softmax import SoftmaxCPU
+from attntune.templates.template import Packing, ScheduleTemplate
+
+#: Templates by operator and kind of target. A new template adds one line here.
+REGISTRY: dict[tuple[str, str], ScheduleTemplate] = {
+    (template.op, template.kind): template
+    for template in (AttentionCPU(), EmbeddingNormCPU(), LayerNormCPU(), LinearCPU(), MeanPoolCPU(), SoftmaxCPU())
+}
+
+#: By kind of target: what schedules an operator that has no template.
+GENERIC: dict[str, ScheduleTemplate] = {"cpu": GenericCPU()}
+
+__all__ = ["GENERIC", "REGISTRY", "Packing", "ScheduleTemplate", "load_template", "template_for"]
+
+
+def template_for(workload: Workload, target: Target) -> ScheduleTemplate:
+    """The template for this operator on this kind of target; the generic one where there is none.
+
+    Raises:
+        TargetError: when nothing schedules for this kind of target.
+    """
+    template = REGISTRY.get((workload.op, target.kind)) or GENERIC.get(target.kind)
+    if template is None:
+        raise TargetError(
+            f"no template schedules {workload.op!r} for a target of kind {target.kind!r}; "
+            f"expected a target of kind {sorted({kind for _, kind in REGISTRY} | set(GENERIC))}"
+        )
+    return template
+
+
+def load_template(name: str) -> ScheduleTemplate:
+    """The template called ``module:Class``, as records and trials name it (``ScheduleTemplate.reference_name``).
+
+    Raises:
+        ScheduleError: when the module or class cannot be found, or is no schedule template.
+    """
+    module_name, separator, class_name = name.partition(":")
+    if not separator:
+        raise ScheduleError(f"expected a template as 'module:Class', got {name!r}")
+    try:
+        cls = importlib.import_module(module_name)
+        for part in class_name.split("."):
+            cls = getattr(cls, part)
+    except (ImportError, AttributeError) as error:
+        raise ScheduleError(f"cannot find template {name!r}: {error}") from None
+    if not (isinstance(cls, type) and issubclass(cls, ScheduleTemplate)):
+        raise ScheduleError(f"expected {name!r} to be a ScheduleTemplate, got {cls!r}")
+    return cls()

@@ -1,0 +1,1 @@
+"""Schedule templates for CPUs, one operator a file."""
