@@ -47,7 +47,8 @@ class BertConfig:
             raise ModelError(f"config.json of a bert model lacks {missing}")
         if fields["hidden_act"] not in _ACTIVATIONS:
             raise ModelError(
-                f"config.json: hidden_act {fields['hidden_act']!r} is not supported; expected one of {sorted(_ACTIVATIONS)}"
+                f"config.json: hidden_act {fields['hidden_act']!r} is not supported; "
+                f"expected one of {sorted(_ACTIVATIONS)}"
             )
         kind = fields.get("position_embedding_type", "absolute")
         if kind != "absolute":
@@ -118,7 +119,7 @@ def _module(c: BertConfig) -> Any:
                         _ACTIVATIONS[c.hidden_act],
                         c.layer_norm_eps,
                         "float32",
-                    )  # fmt: skip
+                    )
                     for _ in range(c.num_hidden_layers)
                 ]
             )

@@ -151,7 +151,7 @@ class Model:
 def _raise_calls(function: Any, parameter_names: list[str], outputs: list[str]) -> tuple[OpCall, ...]:
     from tvm import relax
 
-    names = {param: name for param, name in zip(function.params, parameter_names, strict=True)}
+    names = dict(zip(function.params, parameter_names, strict=True))
     calls: list[OpCall] = []
     taken = set(parameter_names)
     returned = function.body.body

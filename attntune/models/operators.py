@@ -28,7 +28,7 @@ def emit(op: str, attrs: dict[str, Any], args: Sequence[Any], shape: Sequence[An
 
 
 def linear(x: Any, weight: Any, bias: Any | None = None, *, activation: str = "", residual: Any | None = None) -> Any:
-    """x (…, in), weight (out, in), bias (out,), residual (…, out) → (…, out)."""
+    """X (…, in), weight (out, in), bias (out,), residual (…, out) → (…, out)."""
     attrs = {"bias": bias is not None, "activation": activation, "residual": residual is not None}
     args = [arg for arg in (x, weight, bias, residual) if arg is not None]
     return emit("linear", attrs, args, (*x.shape[:-1], weight.shape[0]), x.dtype)

@@ -104,8 +104,8 @@ def open_artifact(path: str | Path) -> Artifact:
     """Check an artifact and that this machine can run it.
 
     Raises:
-        ArtifactError: when it is no artifact, is damaged or incomplete, is of a newer format, or needs ISA features that
-            this CPU lacks.
+        ArtifactError: when it is no artifact, is damaged or incomplete, is of a newer format, or needs ISA features
+            that this CPU lacks.
     """
     folder = Path(path)
     try:

@@ -52,7 +52,8 @@ class Planner:
                 "truncate them, or compile the artifact with a longer shape"
             )
         # Cheapest cover of n rows by buckets, where the last may be partly empty.
-        costs, choices = [0.0] + [math.inf] * batch, [None] * (batch + 1)  # type: tuple[list[float], list[Bucket | None]]
+        costs: list[float] = [0.0] + [math.inf] * batch
+        choices: list[Bucket | None] = [None] * (batch + 1)
         for rows in range(1, batch + 1):
             for size, bucket in fitting.items():
                 cost = costs[max(rows - size, 0)] + bucket.cost
@@ -60,10 +61,10 @@ class Planner:
                     costs[rows], choices[rows] = cost, bucket
         pieces, rows = [], batch
         while rows > 0:
-            bucket = choices[rows]
-            assert bucket is not None
-            start = max(rows - bucket["batch"], 0)
-            pieces.append(Piece(start, rows, bucket))
+            chosen = choices[rows]
+            assert chosen is not None
+            start = max(rows - chosen["batch"], 0)
+            pieces.append(Piece(start, rows, chosen))
             rows = start
         return tuple(reversed(pieces))
 

@@ -81,12 +81,12 @@ class TunedModel:
                 where it says int64).
 
         Returns:
-            The entry's output, as NumPy or, when any input is a torch tensor, as torch, sharing memory with the kernel's
-            result; a tuple of them for entries with several outputs.
+            The entry's output, as NumPy or, when any input is a torch tensor, as torch, sharing memory with the
+            kernel's result; a tuple of them for entries with several outputs.
 
         Raises:
-            InputError: naming the input that is missing, unknown, of the wrong dtype or rank, of a size that contradicts
-                another's, out of range, or too long.
+            InputError: naming the input that is missing, unknown, of the wrong dtype or rank, of a size that
+                contradicts another's, out of range, or too long.
         """
         try:
             signature, planner = self.manifest["entries"][entry], self._planners[entry]

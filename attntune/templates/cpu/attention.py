@@ -44,7 +44,7 @@ class AttentionCPU(ScheduleTemplate):
         knobs = [
             Knob("query_vectors", tuple(v for v in (1, 2, 3, 4) if v <= query_vectors)),
             Knob("query_tiles", tuple(t for t in (1, 2, 3, 4) if t == 1 or t <= query_vectors)),
-            Knob("key_block", tuple(b for b in (32, 64, 128, 256, 512) if b < w.kv_len) + (_ceil(w.kv_len, 4),)),
+            Knob("key_block", (*tuple(b for b in (32, 64, 128, 256, 512) if b < w.kv_len), _ceil(w.kv_len, 4))),
             Knob("key_tile", tuple(t for t in (1, 2, 4, 6, 8, 12) if t <= max(1, w.kv_len))),
             Knob("out_rows", (1, 2, 3, 4, 6, 8, 12)),
         ]
@@ -139,19 +139,16 @@ class _Kernel:
         from tvm.tirx.script.builder import ir as T
 
         w = self.w
-        with IRBuilder() as builder:
-            with T.prim_func(s_tir=True):
-                T.func_name("main")
-                T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-                self.operand = {
-                    spec.name: T.arg(spec.name, T.buffer(spec.shape, spec.dtype))
-                    for spec in (*w.inputs(), *w.outputs())
-                }
-                with T.sblock("root"):
-                    blocks = math.ceil(w.q_len / self.block_queries)
-                    with T.parallel(w.batch * w.heads * blocks) as task:
-                        with T.sblock("block"):
-                            self._block(task // (w.heads * blocks), task // blocks % w.heads, task % blocks)
+        with IRBuilder() as builder, T.prim_func(s_tir=True):
+            T.func_name("main")
+            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+            self.operand = {
+                spec.name: T.arg(spec.name, T.buffer(spec.shape, spec.dtype)) for spec in (*w.inputs(), *w.outputs())
+            }
+            with T.sblock("root"):
+                blocks = math.ceil(w.q_len / self.block_queries)
+                with T.parallel(w.batch * w.heads * blocks) as task, T.sblock("block"):
+                    self._block(task // (w.heads * blocks), task // blocks % w.heads, task % blocks)
         return builder.get()
 
     # -- one block of queries ------------------------------------------------------------------------------------------
@@ -179,7 +176,9 @@ class _Kernel:
         self.total = T.sblock_alloc_buffer((self.block_queries,), "float32")
         self.alpha = T.sblock_alloc_buffer((self.block_queries,), "float32")
         # Queries of this block, and how many groups of query vectors they fill.
-        queries = T.min(self.block_queries, w.q_len - self.first) if w.q_len % self.block_queries else self.block_queries
+        queries = (
+            T.min(self.block_queries, w.q_len - self.first) if w.q_len % self.block_queries else self.block_queries
+        )
         group = self.vectors * lanes
         groups = (queries + (group - 1)) // group if w.q_len % self.block_queries else self.block_queries // group
         self._transpose_queries(groups)
@@ -222,12 +221,10 @@ class _Kernel:
         with T.serial(groups * self.vectors * self.lanes) as i:
             if w.q_len % (self.vectors * self.lanes):
                 with T.If(self.first + i < w.q_len):
-                    with T.Then():
-                        with T.serial(w.head_dim) as d:
-                            T.buffer_store(self.qt, self.query[self.b, self.first + i, self.q_at + d] * scale, [d, i])
-                    with T.Else():
-                        with T.serial(w.head_dim) as d:
-                            T.buffer_store(self.qt, tirx.const(0.0, "float32"), [d, i])
+                    with T.Then(), T.serial(w.head_dim) as d:
+                        T.buffer_store(self.qt, self.query[self.b, self.first + i, self.q_at + d] * scale, [d, i])
+                    with T.Else(), T.serial(w.head_dim) as d:
+                        T.buffer_store(self.qt, tirx.const(0.0, "float32"), [d, i])
             else:
                 with T.serial(w.head_dim) as d:
                     T.buffer_store(self.qt, self.query[self.b, self.first + i, self.q_at + d] * scale, [d, i])
@@ -248,9 +245,8 @@ class _Kernel:
                         self._score_tile(start, keys // tile * tile + r, 1, g)
             elif self.w.kv_len % tile or self.key_block % tile:
                 for height in {self.w.kv_len % self.key_block % tile, self.key_block % tile} - {0}:
-                    with T.If(keys % tile == height):
-                        with T.Then():
-                            self._score_tile(start, keys // tile * tile, height, g)
+                    with T.If(keys % tile == height), T.Then():
+                        self._score_tile(start, keys // tile * tile, height, g)
             self._softmax(keys, g, first)
         with T.serial(row_tiles) as t:
             for low in range(0, self.dim_vectors, self.dims_held):
@@ -329,7 +325,7 @@ class _Kernel:
         """``out_rows`` rows of the result over ``dims`` vectors of the head."""
         from tvm.tirx.script.builder import ir as T
 
-        w, lanes, rows = self.w, self.lanes, self.out_rows
+        _w, lanes, rows = self.w, self.lanes, self.out_rows
         acc = T.sblock_alloc_buffer((rows, len(dims), lanes), "float32", scope="local")
         # Rows past the block's last query lie inside the buffers and are never written to the result.
         row = [T.min(t * rows + a, self.block_queries - 1) if self.block_queries % rows else t * rows + a
