@@ -223,8 +223,8 @@ def _emit_function(
     calls = model.calls(entry)
     constants = frozenset(model.weights)
     parameters: dict[str, Any] = {}
-    for spec in signature.inputs:
-        parameters[spec.name] = relax.Var(spec.name, relax.TensorType(bind(spec.dims, dims), spec.dtype))
+    for given in signature.inputs:
+        parameters[given.name] = relax.Var(given.name, relax.TensorType(bind(given.dims, dims), given.dtype))
     for key, (shape, dtype) in _weight_parameters(model, entry, target).items():
         parameters[key] = relax.Var(_identifier(key), relax.TensorType(shape, dtype))
     values = dict(parameters)

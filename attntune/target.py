@@ -247,7 +247,9 @@ def host_triple() -> str:
     return f"{machine}-unknown-linux-gnu" if platform.system() == "Linux" else f"{machine}-apple-darwin"
 
 
-def _x86(name: str, features: tuple[str, ...], cores: int, l1: int, l2: int, l3: int, mcpu: str | None = None) -> Target:
+def _x86(
+    name: str, features: tuple[str, ...], cores: int, l1: int, l2: int, l3: int, mcpu: str | None = None
+) -> Target:
     bits, registers = vector_shape(features)
     return Target(
         "cpu", name, mcpu or name, "x86_64-unknown-linux-gnu", tuple(sorted(features)), bits, registers, cores, cores,
@@ -271,11 +273,25 @@ PRESETS: dict[str, Target] = {
         _x86("znver4", (*_V4, "avx512bf16", "avx512vnni"), 8, 32, 1024, 32),
         _x86(
             "sapphirerapids",
-            (*_V4, "avx512bf16", "avx512vnni", "avxvnni", "amx-bf16", "amx-int8", "amx-tile"), 16, 48, 2048, 60,
+            (*_V4, "avx512bf16", "avx512vnni", "avxvnni", "amx-bf16", "amx-int8", "amx-tile"),
+            16,
+            48,
+            2048,
+            60,
         ),  # fmt: skip
         Target(
-            "cpu", "aarch64-neon", "neoverse-n1", "aarch64-unknown-linux-gnu", ("neon",), 128, 32, 4, 4,
-            64 * _KIB, 1024 * _KIB, 32 * _MIB,
+            "cpu",
+            "aarch64-neon",
+            "neoverse-n1",
+            "aarch64-unknown-linux-gnu",
+            ("neon",),
+            128,
+            32,
+            4,
+            4,
+            64 * _KIB,
+            1024 * _KIB,
+            32 * _MIB,
         ),  # fmt: skip
         _cuda("sm_80", 163, 108),
         _cuda("sm_90a", 227, 132),
@@ -299,7 +315,9 @@ def host_features() -> tuple[str, ...]:
 def available_cpus() -> tuple[int, ...]:
     """CPUs this process may run on, one logical CPU for each physical core first."""
     allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    firsts, rest, seen = [], [], set()
+    firsts: list[int] = []
+    rest: list[int] = []
+    seen: set[str] = set()
     for cpu in allowed:
         try:
             siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
@@ -330,7 +348,10 @@ def user_cache_dir() -> Path:
 def _cache_bytes(level: int, kind: str, fallback: int) -> int:
     for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         try:
-            if int((index / "level").read_text()) == level and (index / "type").read_text().strip() in (kind, "Unified"):
+            if int((index / "level").read_text()) == level and (index / "type").read_text().strip() in (
+                kind,
+                "Unified",
+            ):
                 size = (index / "size").read_text().strip()
                 return int(size[:-1]) * {"K": _KIB, "M": _MIB}[size[-1]]
         except (OSError, ValueError, KeyError):

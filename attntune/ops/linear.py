@@ -91,7 +91,9 @@ class Linear(Workload):
         x = te.placeholder((self.rows, self.in_features), self.dtype, "x")
         k = te.reduce_axis((0, self.in_features), name="k")
         product = te.compute(
-            (self.rows, columns or self.out_features), lambda i, j: te.sum(x[i, k] * element(j, k), axis=k), name="matmul"
+            (self.rows, columns or self.out_features),
+            lambda i, j: te.sum(x[i, k] * element(j, k), axis=k),
+            name="matmul",
         )
         operands = [x, weight]
         if self.bias:
@@ -138,10 +140,10 @@ class Linear(Workload):
 def activation_reference(name: str, x: np.ndarray) -> np.ndarray:
     """Float64 activation by name (see :data:`ACTIVATIONS`)."""
     if name == "relu":
-        return np.maximum(x, 0.0)
+        return np.asarray(np.maximum(x, 0.0))
     if name == "gelu":
-        erf = np.frompyfunc(math.erf, 1, 1)
-        return np.asarray(0.5 * x * (1.0 + erf(x * math.sqrt(0.5)).astype(np.float64)))
+        erf = np.vectorize(math.erf, otypes=[np.float64])
+        return np.asarray(0.5 * x * (1.0 + erf(x * math.sqrt(0.5))), np.float64)
     if name == "gelu_tanh":
         return np.asarray(0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))))
     if name == "silu":

@@ -76,8 +76,8 @@ def write_weights(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, dic
 
 
 def map_weights(path: Path, index: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Read-only views into the mapped file."""
-    raw = np.memmap(path, np.uint8, mode="r")
+    """Views into the mapped file: pages are shared between processes, and a write, were there one, stays private."""
+    raw = np.memmap(path, np.uint8, mode="c")
     arrays = {}
     for name, entry in index.items():
         dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])

@@ -54,7 +54,7 @@ class TunedModel:
         tvm_ffi = load_runtime()
         self._arrays = arrays
         names = {name for entry in self.manifest["entries"].values() for name in entry["weights"]}
-        tensors = {name: device_tensors([_writable(arrays[name])])[0] for name in names}
+        tensors = {name: device_tensors([arrays[name]])[0] for name in names}
         self._weights = {
             name: [tensors[weight] for weight in entry["weights"]] for name, entry in self.manifest["entries"].items()
         }
@@ -209,7 +209,8 @@ def _as_numpy(value: Any, name: str) -> np.ndarray:
 
 
 def _fit(array: np.ndarray | None, spec: Mapping[str, Any], piece: Piece, dims: Mapping[str, int]) -> np.ndarray:
-    """The rows of ``piece``, padded with zeros to its bucket; copied only when padded, unaligned or not contiguous."""
+    """The rows of ``piece``, padded with zeros to its bucket; copied only when padded, unaligned,
+    read-only or not contiguous."""
     wanted = tuple(piece.bucket[dim] if isinstance(dim, str) else int(dim) for dim in spec["dims"])
     inside = tuple(
         piece.stop - piece.start if dim == "batch" else dims[dim] if isinstance(dim, str) else dim
@@ -217,8 +218,10 @@ def _fit(array: np.ndarray | None, spec: Mapping[str, Any], piece: Piece, dims: 
     )
     if array is not None:
         rows = array[piece.start : piece.stop] if spec["dims"][0] == "batch" else array
-        if rows.shape == wanted and rows.flags.c_contiguous and rows.ctypes.data % ALIGNMENT == 0:
-            return _writable(rows)
+        # DLPack exports no read-only memory.
+        usable = rows.flags.c_contiguous and rows.flags.writeable and rows.ctypes.data % ALIGNMENT == 0
+        if usable and rows.shape == wanted:
+            return rows
     else:
         rows = np.full(inside, spec["fill"], spec["dtype"])
     padded = aligned_zeros(wanted, np.dtype(spec["dtype"]))
@@ -232,26 +235,3 @@ def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     raw = np.zeros(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _writable(array: np.ndarray) -> np.ndarray:
-    """A writable view of read-only memory, which DLPack refuses to export; kernels never write their inputs."""
-    if array.flags.writeable:
-        return array
-    pointer = array.__array_interface__["data"][0]
-    import ctypes
-
-    buffer = (ctypes.c_char * array.nbytes).from_address(pointer)
-    view = np.frombuffer(buffer, array.dtype).reshape(array.shape)
-    return _Keeping(view, array)
-
-
-class _Keeping(np.ndarray):
-    """A view that keeps the owner of its memory alive."""
-
-    owner: np.ndarray
-
-    def __new__(cls, view: np.ndarray, owner: np.ndarray) -> _Keeping:
-        kept = view.view(cls)
-        kept.owner = owner
-        return kept

@@ -51,8 +51,10 @@ class ScheduleTemplate(ABC):
         """An ``IRModule`` whose ``main`` takes the operands in order (packed ones in their packing) and the results."""
 
     def pack(self, workload: Workload, target: Target) -> Mapping[str, Packing]:
-        """Layouts of constant operands, by name; the same for every config, so that kernels of many shapes share
-        one copy of a weight. Unnamed operands stay as they are."""
+        """Layouts of constant operands, by name; unnamed operands stay as they are.
+
+        The same for every config, so that kernels of many shapes share one copy of a weight.
+        """
         return {}
 
     def features(self, workload: Workload, target: Target, config: Config) -> dict[str, float]:
