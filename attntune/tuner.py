@@ -35,6 +35,8 @@ _PATIENCE = 8
 #: A workload with fewer trials of its own than this first tries what won for its siblings.
 _YOUNG = 6
 _RACE_ROUNDS = 10
+#: So many failures and nothing that works: it is not the configs.
+_HOPELESS = 16
 #: At most this share of the seconds is kept for the finals.
 _FINAL_SHARE = 0.25
 _MOST_BUILDERS = 8
@@ -82,7 +84,7 @@ def tune(
         The summary. ``interrupted`` is true after Ctrl-C; nothing measured is lost then.
 
     Raises:
-        TuningError: no or a bad budget, an unknown searcher, nothing to tune.
+        TuningError: no or a bad budget, an unknown searcher, nothing to tune, or many trials none of which works.
         TargetError: an unknown target, or one that cannot run here.
     """
     started = monotonic()
@@ -218,12 +220,22 @@ class _Session:
                 self.measured += 1
                 self._share(task, record)
                 self._tell(task, record)
+                self._require_hope(record)
                 if self._late():
                     break
         finally:
             close = getattr(records, "close", None)
             if close is not None:
                 close()
+
+    def _require_hope(self, last: TuningRecord) -> None:
+        """Stop when nothing ever worked, before a broken installation fills the journal with failures."""
+        if self.measured >= _HOPELESS and not any(task.searcher.ranked() for task in self.tasks.values()):
+            raise TuningError(
+                f"{self.measured} trials and none worked; the last was a {last.status}: {last.message or 'no reason'}. "
+                f"See `attntune doctor`. These records are in {self.journal.path}; "
+                "remove them there, or they will not be tried again"
+            )
 
     def _share(self, task: TuningTask, record: TuningRecord) -> None:
         """Let the searchers of the same template learn from a trial."""

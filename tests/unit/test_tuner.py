@@ -31,12 +31,12 @@ TOY = Toy()
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     """The toy template is the one for the toy workload."""
-    monkeypatch.setattr(templates, "template_for", lambda workload, target: ToyTemplate(), raising=False)
+    monkeypatch.setattr(templates, "template_for", lambda workload, target: ToyTemplate())
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(templates, "template_for", lambda workload, target: SmallTemplate(), raising=False)
+    monkeypatch.setattr(templates, "template_for", lambda workload, target: SmallTemplate())
 
 
 @pytest.fixture
@@ -181,10 +181,16 @@ class TestSearching:
         assert result.config.integer("rows") % 4 != 0
 
     def test_nothing_correct_at_all(self, database):
-        summary = tune([TOY, Toy(m=128)], database, FakeRunner(lambda trial: None), trials=20)
+        summary = tune([TOY, Toy(m=128)], database, FakeRunner(lambda trial: None), trials=12)
         assert [(r.source, r.config, r.best_secs) for r in summary.results] == [("none", None, None)] * 2
-        assert summary.statuses == {"build_error": 20}
+        assert summary.statuses == {"build_error": 12}
         assert summary.speedup is None
+
+    def test_a_broken_installation_does_not_fill_the_journal_with_failures(self, database):
+        message = "16 trials and none worked; the last was a build_error: does not build"
+        with pytest.raises(TuningError, match=message):
+            tune([TOY, Toy(m=128)], database, FakeRunner(lambda trial: None), trials=500)
+        assert len(trial_keys(database)) == 16
 
 
 class TestResume:
@@ -328,7 +334,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_repeated(database):
         whole = [line.rstrip("\n").split("\t") for line in lines if line.endswith("\n")]
         said += [(workload, config) for final, workload, config in whole if final == "False"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(templates, "template_for", lambda workload, target: ToyTemplate(), raising=False)
+        patch.setattr(templates, "template_for", lambda workload, target: ToyTemplate())
         tune([TOY, Toy(m=128)], database, trials=10)
     kept = trial_keys(database)
     assert len(said) >= 94
