@@ -18,7 +18,7 @@ def compare(
     model: Annotated[str, typer.Argument(help="Model directory or hub id.")],
     artifact: Annotated[Path, typer.Argument(help="What `attntune compile` wrote of it.")],
     engines: Annotated[
-        str, typer.Option(help="Whom to compare with, separated by commas: onnxruntime, pytorch, torch_compile.")
+        str, typer.Option(help="Whom to compare with, separated by commas: onnxruntime, pytorch, torch-compile.")
     ] = "onnxruntime,pytorch",
     shapes: ShapesOption = "1x128",
     entry: Annotated[str, typer.Option(help="Which of the model's entries.")] = "forward",

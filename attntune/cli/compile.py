@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attntune.cli.common import DatabaseOption, OptionalShapes, Reply, TargetOption, existing, load_model, parse_shapes
+from attntune.cli.common import (
+    DatabaseOption,
+    OptionalShapes,
+    Reply,
+    TargetOption,
+    existing,
+    load_model,
+    note,
+    parse_shapes,
+    seconds_text,
+    table,
+)
+from attntune.errors import DatabaseError
+
+if TYPE_CHECKING:
+    from attntune.runtime import Artifact
 
 
 def compile(
@@ -17,13 +33,39 @@ def compile(
     target: TargetOption = "native",
     shapes: OptionalShapes = None,
 ) -> Reply:
-    """Compile a model with the best schedules known into an artifact."""
+    """Compile a model with the best schedules known into an artifact; without --shapes for a grid of shapes."""
     import attntune
 
     sizes = None if shapes is None else parse_shapes(shapes)
     if database is not None:
-        existing(database, "a tuning database")
+        existing(database, "a tuning database", DatabaseError)
     loaded = load_model(model)
-    artifact = attntune.compile(loaded, target=target, database=database, shapes=sizes)
-    artifact.save(output)
-    return Reply({"path": str(output)}, f"wrote {output}")
+    artifact = attntune.compile(loaded, target=target, database=database, shapes=sizes, on_progress=note)
+    path = artifact.save(output)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    sources = Counter(kernel["source"] for kernel in artifact.kernels)
+    document = {
+        "path": str(path),
+        "bytes": size,
+        "target": artifact.manifest["target"],
+        "sources": dict(sources),
+        "kernels": artifact.kernels,
+        "shapes": [bucket["dims"] for bucket in artifact.manifest["buckets"]],
+    }
+    found = ", ".join(f"{n} {source}" for source, n in sorted(sources.items()))
+    return Reply(document, f"{_kernels(artifact)}\nwrote {path} ({size / 1e6:.1f} MB): {found} schedules")
+
+
+def _kernels(artifact: Artifact) -> str:
+    import json
+
+    from attntune.ops import workload_from_key
+
+    rows = [
+        (
+            kernel["source"], seconds_text(kernel["median_secs"]), workload_from_key(json.dumps(kernel["workload"])),
+            " ".join(f"{name}={value}" for name, value in kernel["config"].items()),
+        )
+        for kernel in artifact.kernels
+    ]  # fmt: skip
+    return table(("schedule", "measured", "kernel", "config"), rows)

@@ -108,11 +108,13 @@ def resume_command(
 
 def _text(summary: TuningSummary, again: str) -> str:
     rows = [
-        (str(r.workload), r.calls, r.trials, sum(n for s, n in r.statuses.items() if s != "correct"), r.source,
-         seconds_text(r.best_secs), ratio_text(r.speedup), percent_text(r.peak_fraction))
+        (
+            r.calls, r.trials, sum(n for status, n in r.statuses.items() if status != "correct"), r.source,
+            seconds_text(r.best_secs), ratio_text(r.speedup), percent_text(r.peak_fraction), r.workload,
+        )
         for r in summary.results
     ]  # fmt: skip
-    headers = ("workload", "calls", "trials", "failed", "winner", "best", "vs default", "of peak")
+    headers = ("calls", "trials", "failed", "winner", "best", "vs default", "of peak", "workload")
     whole = "" if summary.speedup is None else f"; all kernels together {summary.speedup:.2f}x the default"
     lines = [
         table(headers, rows),
