@@ -124,7 +124,7 @@ def mismatch(name: str, actual: np.ndarray, expected: np.ndarray, rtol: float, a
         return np.inf, np.inf, f"output {name!r}: expected shape {expected.shape}, got {values.shape}"
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.where(values == expected, 0.0, np.abs(values - expected))
-        bad = ~(error <= atol + rtol * np.abs(expected))
+        bad = (values != expected) & ~(error <= atol + rtol * np.abs(expected))
     absolute = float(np.nan_to_num(error, nan=np.inf).max(initial=0.0))
     scale = float(np.abs(expected).max(initial=0.0))
     relative = absolute / scale if scale > 0 else absolute

@@ -162,6 +162,7 @@ class LocalRunner(Runner):
             path.unlink(missing_ok=True)
             return _failed(trial, self.options, Status.BUILD_ERROR, _reason(error))
         finally:
+            builder.start()  # a dead one comes back while others build
             self._idle.put(builder)
         self._built[trial.key()] = path, build_secs
         return path, build_secs
