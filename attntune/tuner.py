@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -170,7 +171,9 @@ class _Session:
             self._finals()
         except KeyboardInterrupt:
             self.stopped_by = "interrupt"
-            self.runner.close()
+            # Impatient hands press twice; the summary is worth more than an orderly end of the workers.
+            with contextlib.suppress(KeyboardInterrupt):
+                self.runner.close()
 
     def _search(self) -> None:
         defaults = [(task, task.default) for task in self.tasks.values() if not task.searcher.seen(task.default)]

@@ -276,6 +276,16 @@ class TestInterrupt:
         assert len(again.races) == 1
         assert resumed.results[0].confirmed
 
+    def test_ctrl_c_pressed_twice(self, database):
+        class Pressed(FakeRunner):
+            def close(self):
+                super().close()
+                raise KeyboardInterrupt
+
+        runner = Pressed(interrupt_after=5)
+        summary = tune(TOY, database, runner, trials=10)
+        assert (summary.interrupted, summary.trials, runner.closed) == (True, 5, 1)
+
     def test_ctrl_c_while_an_event_is_handled(self, database):
         def press(event):
             if isinstance(event, TrialDone) and event.trials_done == 3:
