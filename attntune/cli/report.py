@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attntune.cli.common import DatabaseOption, Reply, existing
-from attntune.errors import DatabaseError, InputError
+from attntune.cli.common import Reply, existing, note
+from attntune.errors import DatabaseError, ReportError
+
+if TYPE_CHECKING:
+    from attntune.database.record import TuningRecord
 
 
 def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
-    database: DatabaseOption = None,
+    database: Annotated[list[Path] | None, typer.Option(help="Tuning records; repeat for several files.")] = None,
     comparison: Annotated[list[Path] | None, typer.Option(help="Results of compare; repeat for several.")] = None,
+    title: Annotated[str, typer.Option(help="The report's first line.")] = "attntune report",
 ) -> Reply:
     """Write a report: speed against each engine, percent of peak per kernel, tuning curves."""
-    if database is None and not comparison:
-        raise InputError("expected --database, --comparison, or both: a report is made from records and comparisons")
-    if database is not None:
-        existing(database, "a tuning database", DatabaseError)
-    for path in comparison or ():
-        existing(path, "a comparison")
-    raise NotImplementedError
+    if not database and not comparison:
+        raise ReportError("expected --database, --comparison, or both: a report is made from records and comparisons")
+    journals = [existing(path, "a tuning database", DatabaseError) for path in database or ()]
+    results = [existing(path, "a comparison", ReportError) for path in comparison or ()]
+    from attntune.database.journal import Journal
+    from attntune.engines.comparison import Comparison
+    from attntune.report import write_report
+
+    records = [record for path in journals for record in Journal(path).load()]
+    comparisons = [Comparison.load(path) for path in results]
+    path = write_report(output, records, comparisons, peaks=known_peaks(records), title=title)
+    files = sorted(str(file.relative_to(output)) for file in output.iterdir())
+    document = {"report": str(path), "files": files, "records": len(records), "comparisons": len(comparisons)}
+    return Reply(document, f"wrote {path} from {len(records)} records and {len(comparisons)} comparisons")
+
+
+def known_peaks(records: Sequence[TuningRecord]) -> dict[str, Any] | None:
+    """Peaks by target key, for those records that this machine measured; taken now if they are not remembered."""
+    from attntune.measure.machine import cached_peaks, cpu_model
+    from attntune.target import Target
+
+    machines = {r.target: r.machine for r in records if r.machine.get("cpu_model") == cpu_model()}
+    peaks = {}
+    for key, machine in machines.items():
+        if "target" in machine:
+            target = Target.from_json(machine["target"])
+            if cached_peaks(target, measure=False) is None:
+                note("measuring this machine's peaks")
+            peaks[key] = cached_peaks(target)
+    return peaks or None
