@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -77,6 +76,8 @@ def python_version() -> Iterator[Check]:
 
 def pins() -> Iterator[Check]:
     """TVM and its ffi are exactly the pair that works."""
+    import importlib.metadata
+
     for package, expected in PINS.items():
         try:
             found = importlib.metadata.version(package)

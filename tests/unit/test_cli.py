@@ -1,5 +1,7 @@
 """The command line: help, JSON, errors, and the verbs that need no compiler."""
 
+import importlib.metadata
+import importlib.util
 import json
 import subprocess
 import sys
@@ -253,7 +255,7 @@ class TestDoctor:
             assert {requirement.split(">=")[0] for requirement in extras[extra]} == set(packages)
 
     def test_wrong_pin_fails_with_a_remedy(self, capsys, monkeypatch):
-        monkeypatch.setattr(doctor_module.importlib.metadata, "version", lambda name: "0.1.15")
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.15")
         monkeypatch.setattr(doctor_module, "CHECKS", (doctor_module.pins,))
         code, out, _ = answer(capsys, "doctor")
         assert code == 1
@@ -294,7 +296,7 @@ class TestDoctor:
 
     def test_torch_extension(self, monkeypatch):
         found = {"torch": object()}
-        monkeypatch.setattr(doctor_module.importlib.util, "find_spec", found.get)
+        monkeypatch.setattr(importlib.util, "find_spec", found.get)
         monkeypatch.setattr(cli, "torch_extension_chosen", False)
         (check,) = doctor_module.torch_extension()
         assert check.status == "warn"
