@@ -107,9 +107,10 @@ def tune(
 
             peaks = cached_peaks(where, measure=False)
         counted_cache = getattr(getattr(runner, "options", None), "cache", cache)
-        tasks = [TuningTask(workload, n, where, make, seed, peaks or {}) for workload, n in calls.items()]
+        tasks = [TuningTask(workload, n, where, make, seed, peaks or {}) for workload, (n, _) in calls.items()]
         session = _Session(tasks, runner, journal, seed, started, seconds, trials, on_event or (lambda event: None))
-        session.remember(known, counted_cache)
+        groups = {workload.key(): group for workload, (_, group) in calls.items()}
+        session.remember(known, counted_cache, groups)
         session.run()
         return TuningSummary(
             target=where.key(), database=str(database), searcher=searcher if isinstance(searcher, str) else repr(make),
@@ -146,7 +147,7 @@ class _Session:
         self._batch = max(_BATCH, getattr(getattr(runner, "options", None), "builders", 1))
         self.scheduler = TaskScheduler(patience=_PATIENCE)
 
-    def remember(self, records: Sequence[TuningRecord], cache: str) -> None:
+    def remember(self, records: Sequence[TuningRecord], cache: str, groups: Mapping[str, str]) -> None:
         """Give every task what the journal knows of it, and the scheduler every task."""
         database = Database(records)
         for record in records:
@@ -158,8 +159,9 @@ class _Session:
             choice = database.lookup(task.workload, task.target, task.template)
             task.searcher.suggest([choice.config])
             self.scheduler.add(
-                task.key, calls=task.calls, size=len(task.space), floor_secs=task.floor_secs, known=task.costs()
-            )
+                task.key, size=len(task.space), calls=task.calls, group=groups[task.key],
+                floor_secs=task.floor_secs, known=task.costs(),
+            )  # fmt: skip
 
     def run(self) -> None:
         """Search, then the finals; an interrupt ends both and closes the runner."""
@@ -294,25 +296,16 @@ class _Session:
         self.on_event(TrialDone(record, state, self.measured, left, seconds_left))
 
 
-def _workloads(model: Any, shapes: Sequence[Mapping[str, int]] | None) -> dict[Workload, int]:
-    """Workload → calls, of whatever :func:`tune` accepts."""
+def _workloads(model: Any, shapes: Sequence[Mapping[str, int]] | None) -> dict[Workload, tuple[int, str]]:
+    """Workload → calls and the shape of the model it belongs to, of whatever :func:`tune` accepts."""
     if hasattr(model, "workloads"):
-        calls: dict[Workload, int] = {}
-        sizes = shapes if shapes is not None else DEFAULT_SHAPES
-        if not sizes:
-            raise TuningError("expected at least one shape, got an empty list")
-        # Entry points share most of their calls; one run uses one of them.
-        for entry in getattr(model, "entries", None) or ("forward",):
-            for workload, n in model.workloads(sizes, entry).items():
-                calls[workload] = max(n, calls.get(workload, 0))
-    elif shapes is not None:
+        return _of_model(model, shapes if shapes is not None else DEFAULT_SHAPES)
+    if shapes is not None:
         raise TuningError("expected shapes only with a model: a workload's shape is fixed")
-    elif isinstance(model, Workload):
-        calls = {model: 1}
-    elif isinstance(model, Mapping):
+    calls: dict[Workload, int] = {}
+    if isinstance(model, Mapping):
         calls = dict(model)
     elif isinstance(model, Iterable) and not isinstance(model, str | bytes):
-        calls = {}
         for workload in model:
             calls[workload] = calls.get(workload, 0) + 1
     else:
@@ -324,7 +317,24 @@ def _workloads(model: Any, shapes: Sequence[Mapping[str, int]] | None) -> dict[W
             raise TuningError(f"expected a model, a Workload, or a list or dict of them; got {type(workload).__name__}")
         if not isinstance(n, int) or n < 1:
             raise TuningError(f"expected a positive number of calls of {workload}, got {n!r}")
-    return calls
+    return {workload: (n, "") for workload, n in calls.items()}
+
+
+def _of_model(model: Any, shapes: Sequence[Mapping[str, int]]) -> dict[Workload, tuple[int, str]]:
+    """A workload of several shapes belongs to the first."""
+    found: dict[Workload, tuple[int, str]] = {}
+    for shape in shapes:
+        calls: dict[Workload, int] = {}
+        # Entry points share most of their calls, and one run uses one of them.
+        for entry in getattr(model, "entries", None) or ("forward",):
+            for workload, n in model.workloads([shape], entry).items():
+                calls[workload] = max(n, calls.get(workload, 0))
+        for workload, n in calls.items():
+            known, group = found.get(workload, (0, str(dict(shape))))
+            found[workload] = known + n, group
+    if not found:
+        raise TuningError("nothing to tune: expected a model with operator calls and at least one shape")
+    return found
 
 
 def _local_runner(cache: str) -> Runner:

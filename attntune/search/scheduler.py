@@ -1,9 +1,10 @@
 """Which workload of a model gets the next batch of trials.
 
 A model's time is ``sum(calls × best)`` over its workloads. A batch should go where it is expected to take most off that
-sum: weight (calls × best so far) times the expected relative gain. The gain of a workload's next batch is the larger of
-what its last batches gained and an optimism that fades with every batch, less what has been explored of its space and
-how near its best is to the machine's peak.
+sum: weight (calls × best so far) times the expected relative gain. A model tuned for several shapes has one such sum
+for each; a weight is a share of its own sum, so that a large shape does not starve a small one. The gain of a
+workload's next batch is the larger of what its last batches gained and an optimism that fades with every batch, less
+what has been explored of its space and how near its best is to the machine's peak.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Task:
 
     calls: int
     """Calls in one run of the model."""
+    group: str
+    """Tasks of one group add up to one time that matters."""
     size: int
     """Configs in its space."""
     floor_secs: float = 0.0
@@ -68,18 +71,26 @@ class TaskScheduler:
         self.tasks: dict[str, Task] = {}
 
     def add(
-        self, name: str, *, calls: int = 1, size: int, floor_secs: float = 0.0, known: Sequence[float | None] = ()
+        self,
+        name: str,
+        *,
+        size: int,
+        calls: int = 1,
+        group: str = "",
+        floor_secs: float = 0.0,
+        known: Sequence[float | None] = (),
     ) -> None:
         """Add a workload.
 
         Args:
             name: anything distinct.
-            calls: how often one run of the model calls it.
             size: configs in its space.
+            calls: how often one run of the model calls it.
+            group: the shape whose run that is; every group counts alike.
             floor_secs: its time at the machine's peak, where known.
             known: costs already measured, as when a run is resumed; they count as one batch.
         """
-        self.tasks[name] = Task(calls, size, floor_secs)
+        self.tasks[name] = Task(calls, group, size, floor_secs)
         if known:
             self.update(name, known)
 
@@ -111,22 +122,19 @@ class TaskScheduler:
         return self._finished(self.tasks[name])
 
     def weight(self, name: str) -> float:
-        """Seconds of one run of the model that this task takes.
+        """Share of its group's time that this task takes.
 
-        A task of which nothing works yet weighs as much as the heaviest: nobody knows better.
+        A task of which nothing works yet is taken for as heavy as the heaviest of its group: nobody knows better.
         """
-        own = self._seconds(self.tasks[name])
-        if math.isfinite(own):
-            return own
-        return max((s for s in map(self._seconds, self.tasks.values()) if math.isfinite(s)), default=1.0)
+        group = self.tasks[name].group
+        secs = {other: task.calls * task.best_secs for other, task in self.tasks.items() if task.group == group}
+        heaviest = max((value for value in secs.values() if math.isfinite(value)), default=1.0)
+        secs = {other: value if math.isfinite(value) else heaviest for other, value in secs.items()}
+        return secs[name] / sum(secs.values())
 
     def priorities(self) -> Mapping[str, float]:
-        """Expected seconds that each task's next batch saves a run of the model."""
+        """Share of its group's time that each task's next batch is expected to save."""
         return {name: self.weight(name) * task.expected_gain() for name, task in self.tasks.items()}
 
     def _finished(self, task: Task) -> bool:
         return task.exhausted or task.stale_batches >= self.patience
-
-    @staticmethod
-    def _seconds(task: Task) -> float:
-        return task.calls * task.best_secs

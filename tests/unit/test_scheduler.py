@@ -44,6 +44,15 @@ def test_time_counts_like_calls():
     assert given.count("long") > given.count("short")
 
 
+def test_every_group_counts_alike():
+    scheduler = TaskScheduler()
+    for name, group, calls in (("a", "1x128", 1), ("b", "1x128", 1), ("c", "8x512", 30), ("d", "8x512", 30)):
+        scheduler.add(name, group=group, calls=calls, size=1000)
+    given = spend(scheduler, 20, lambda name, n: 0.9**n)
+    assert {given.count(name) for name in "abcd"} == {5}
+    assert sum(scheduler.weight(name) for name in "ab") == 1.0
+
+
 def test_the_task_that_still_improves_gets_more():
     scheduler = TaskScheduler()
     scheduler.add("stuck", size=1000)
@@ -101,7 +110,7 @@ def test_a_task_that_only_fails_weighs_like_the_heaviest_until_given_up():
     scheduler.add("works", calls=2, size=1000)
     scheduler.add("fails", size=1000)
     given = spend(scheduler, 100, lambda name, n: 0.5 if name == "works" else None)
-    assert scheduler.weight("fails") == scheduler.weight("works") == 1.0
+    assert scheduler.weight("fails") == scheduler.weight("works") == 0.5
     assert given.count("fails") == 3
 
 

@@ -456,7 +456,7 @@ class TestWhatIsTuned:
             ([3], {}, "got int"),
             ({TOY: 0}, {}, "expected a positive number of calls"),
             (TOY, {"shapes": [{"batch": 1}]}, "expected shapes only with a model"),
-            (ToyModel(), {"shapes": []}, "expected at least one shape"),
+            (ToyModel(), {"shapes": []}, "at least one shape"),
         ],
     )
     def test_anything_else_is_refused(self, database, what, options, message):
