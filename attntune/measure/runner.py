@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import shutil
+import statistics
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +26,8 @@ from attntune.measure.worker import IsolatedProcess, RemoteError, WorkerTimeout
 
 _BATCH = 32
 """Most trials built before the first of them is timed."""
+_WORTH_KEEPING = 2.0
+"""Kernels up to this many times slower than the best are kept for a race; others are deleted, and rebuilt if raced."""
 
 
 class Runner(ABC):
@@ -83,13 +87,19 @@ class LocalRunner(Runner):
             batch = trials[first : first + _BATCH]
             self._require_local(batch)
             machine = machine_state(batch[0].target)
+            unwanted: list[Path] = []
             for trial, built in zip(batch, self._build(batch), strict=True):
                 if isinstance(built, TuningRecord):
                     yield dataclasses.replace(built, machine=machine)
                     continue
                 path, build_secs = built
-                evaluation = self._evaluate(trial, path)
-                yield self._record(trial, evaluation, build_secs, machine, _now())
+                record = self._record(trial, self._evaluate(trial, path), build_secs, machine, _now())
+                slow = record.median_secs > _WORTH_KEEPING * self._best_of(trial)
+                if slow and self._built.pop(trial.key(), None):
+                    unwanted.append(path)
+                yield record
+            for path in unwanted:
+                path.unlink(missing_ok=True)
 
     def race(self, trials: Sequence[Trial], rounds: int) -> list[TuningRecord]:
         """Interleaved re-measurement in one timing process; builds first what this runner has not built."""
@@ -177,16 +187,20 @@ class LocalRunner(Runner):
         return self._timer
 
     def _evaluate(self, trial: Trial, path: Path) -> Evaluation:
-        workload = (trial.workload.key(), trial.target.key())
+        best = self._best_of(trial)
         evaluation = self._attempt(
-            "attntune.measure.evaluator:evaluate", trial, str(path), self.options, self._best.get(workload),
-            cores=trial.target.cores,
+            "attntune.measure.evaluator:evaluate", trial, str(path), self.options,
+            best if math.isfinite(best) else None, cores=trial.target.cores,
         )  # fmt: skip
         assert isinstance(evaluation, Evaluation)
         if evaluation.run_secs:
-            self._best[workload] = min(sorted(evaluation.run_secs)[len(evaluation.run_secs) // 2],
-                                       self._best.get(workload, float("inf")))  # fmt: skip
+            place = (trial.workload.key(), trial.target.key())
+            self._best[place] = min(statistics.median(evaluation.run_secs), best)
         return evaluation
+
+    def _best_of(self, trial: Trial) -> float:
+        """Median seconds of the fastest kernel this runner measured for the workload; infinity before the first."""
+        return self._best.get((trial.workload.key(), trial.target.key()), math.inf)
 
     def _race(self, trials: list[Trial], paths: list[Path], rounds: int) -> list[Evaluation | None]:
         """Evaluations of a race; where it broke off, None for the trials that have to race again."""
