@@ -94,8 +94,8 @@ class LocalRunner(Runner):
                     continue
                 path, build_secs = built
                 record = self._record(trial, self._evaluate(trial, path), build_secs, machine, _now())
-                slow = record.median_secs > _WORTH_KEEPING * self._best_of(trial)
-                if slow and self._built.pop(trial.key(), None):
+                if record.median_secs > _WORTH_KEEPING * self._best_of(trial):
+                    self._built.pop(trial.key(), None)
                     unwanted.append(path)
                 yield record
             for path in unwanted:
