@@ -212,7 +212,10 @@ for record in runner.measure([Trial(trial.workload, trial.target, trial.template
 def start_script(tmp_path, mode):
     script = tmp_path / "user.py"
     script.write_text(SCRIPT.format(helpers=str(HELPERS), root=str(ROOT)))
-    return subprocess.Popen([sys.executable, str(script), mode], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    return subprocess.Popen(
+        [sys.executable, str(script), mode],
+        stdout=subprocess.PIPE, text=True, cwd=tmp_path, env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
 
 
 def test_a_script_without_a_main_guard_measures(tmp_path):
