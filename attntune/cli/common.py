@@ -56,7 +56,7 @@ def command(verb: Callable[..., Reply]) -> Callable[..., None]:
             _report_error(error, json_output)
             raise typer.Exit(2) from None
         if json_output:
-            print(json.dumps(_finite(reply.document), indent=1, allow_nan=False, default=str))
+            print(to_json(reply.document))
         elif reply.text:
             print(reply.text)
         sys.stdout.flush()
@@ -84,6 +84,11 @@ def _report_error(error: AttntuneError, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
     print(f"error: {error}", file=sys.stderr)
+
+
+def to_json(document: Any) -> str:
+    """``document`` as JSON that every reader accepts."""
+    return json.dumps(_finite(document), indent=1, allow_nan=False, default=str)
 
 
 def _finite(value: Any) -> Any:

@@ -19,6 +19,7 @@ from attntune.cli.common import (
     parse_shapes,
     seconds_text,
     table,
+    to_json,
 )
 from attntune.cli.live import Progress, percent_text, ratio_text
 from attntune.errors import InputError
@@ -39,13 +40,14 @@ def tune(
     seed: Annotated[int, typer.Option(help="Of the searcher and of the operands.")] = 0,
     shapes: OptionalShapes = None,
     cold: Annotated[bool, typer.Option("--cold", help="Flush the caches before each timed call.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the summary goes, as JSON.")] = None,
 ) -> Reply:
     """Tune a model's or single workloads' schedules; records go to the database, and a later run resumes from it."""
     import attntune
 
     database = database or _DATABASE
     subject = subject_of(what, shapes)
-    again = resume_command(what, target, seconds, trials, database, searcher, seed, shapes, cold)
+    again = resume_command(what, target, seconds, trials, database, searcher, seed, shapes, cold, output)
     try:
         with Progress() as progress:
             summary = attntune.tune(
@@ -64,6 +66,9 @@ def tune(
         note(f"interrupted; every finished trial is kept in {database}. Resume with:\n  {again}")
         raise
     document = {**summary.to_json(), "resume": again}
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(to_json(document) + "\n")
     return Reply(document, _text(summary, again), exit_code=130 if summary.interrupted else 0)
 
 
@@ -87,7 +92,7 @@ def subject_of(what: Sequence[str], shapes: str | None) -> Any:
 
 def resume_command(
     what: Sequence[str], target: str, seconds: float | None, trials: int | None, database: Path, searcher: str,
-    seed: int, shapes: str | None, cold: bool,
+    seed: int, shapes: str | None, cold: bool, output: Path | None,
 ) -> str:  # fmt: skip
     """The command that goes on where this run stopped."""
     options = {
@@ -98,6 +103,7 @@ def resume_command(
         "--searcher": searcher if searcher != "evolutionary" else None,
         "--seed": seed or None,
         "--shapes": shapes,
+        "--output": output,
     }
     words = ["attntune", "tune", *what]
     for option, value in options.items():

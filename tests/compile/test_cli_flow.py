@@ -35,7 +35,7 @@ def folder(tmp_path_factory, model):
     """Where `tune` and `compile` have left a database and an artifact."""
     where = tmp_path_factory.mktemp("flow")
     words = ["--shapes", "1x16,2x16", "--database", f"{where}/tuning.jsonl", "--target", "native,cores=2"]
-    assert cli.main(["tune", model, *words, "--trials", "4"]) == 0
+    assert cli.main(["tune", model, *words, "--trials", "4", "-o", f"{where}/tuning.json"]) == 0
     assert cli.main(["compile", model, *words, "-o", f"{where}/model.attn"]) == 0
     return where
 
@@ -142,7 +142,7 @@ def test_compare_then_report(capsys, folder, model):
     assert json.loads((folder / "comparison.json").read_text())["summary"] == document["summary"]
     document = ask(
         capsys, "report", "--database", folder / "tuning.jsonl", "--comparison", folder / "comparison.json",
-        "-o", folder / "report", "--title", "A small report",
+        "--summary", folder / "tuning.json", "-o", folder / "report", "--title", "A small report",
     )  # fmt: skip
     text = Path(document["report"]).read_text()
     assert text.startswith("# A small report")

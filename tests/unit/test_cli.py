@@ -113,6 +113,10 @@ class TestErrors:
             (["report", "-o", "r", "--database", "gone.jsonl"], "expected a tuning database at gone.jsonl"),
             (["report", "-o", "r", "--comparison", "gone.json"], "expected a comparison at gone.json"),
             (["report", "-o", "r"], "expected --database"),
+            (
+                ["report", "-o", "r", "--comparison", ".", "--summary", "gone.json"],
+                "expected a tuning summary at gone.json",
+            ),
             (["records", "list", "gone.jsonl"], "expected a tuning database at gone.jsonl"),
             (["tune", '{"op": "linear"}', "./model"], "expected one model, or workload keys only"),
             (["tune", "./one", "./two"], "expected one model, or workload keys only"),
@@ -218,14 +222,16 @@ class TestTarget:
 
 class TestTune:
     def test_resume_command_repeats_what_was_asked(self):
-        again = resume_command(["my model"], "native", 60.0, None, Path("t.jsonl"), "random", 3, "1x8", True)
+        again = resume_command(["my model"], "native", 60.0, None, Path("t.jsonl"), "random", 3, "1x8", True, None)
         assert again == (
             "attntune tune 'my model' --seconds 60 --database t.jsonl --searcher random --seed 3 --shapes 1x8 --cold"
         )
 
     def test_resume_command_leaves_out_defaults(self):
-        again = resume_command(["m"], "native", None, 5, Path("t.jsonl"), "evolutionary", 0, None, False)
-        assert again == "attntune tune m --trials 5 --database t.jsonl"
+        again = resume_command(
+            ["m"], "native", None, 5, Path("t.jsonl"), "evolutionary", 0, None, False, Path("t.json")
+        )
+        assert again == "attntune tune m --trials 5 --database t.jsonl --output t.json"
 
     def test_workload_keys(self):
         from attntune.ops import Softmax
