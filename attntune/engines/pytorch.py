@@ -18,6 +18,8 @@ class PyTorchEngine(Engine):
     title: ClassVar[str] = "PyTorch"
     package: ClassVar[str] = "torch"
     install: ClassVar[str] = "pip install 'attntune[torch]'"
+    inspect: ClassVar[bool] = True
+    """Whether a mask of ones may be dropped at run time; see :class:`TorchModel`."""
 
     def load(self, source: ModelSource, threads: int) -> None:
         """Build the twin from ``source.graph``."""
@@ -30,7 +32,7 @@ class PyTorchEngine(Engine):
             raise EngineError("the pytorch engine needs the model's graph; expected source.graph to be set")
         torch.set_num_threads(threads)
         self._torch = torch
-        self._model: Any = TorchModel(ModelGraph.load(source.graph), source.entry)
+        self._model: Any = TorchModel(ModelGraph.load(source.graph), source.entry, inspect=self.inspect)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """NumPy in, NumPy out."""
@@ -60,6 +62,7 @@ class PyTorchCompileEngine(PyTorchEngine):
 
     name: ClassVar[str] = "torch-compile"
     title: ClassVar[str] = "torch.compile"
+    inspect: ClassVar[bool] = False
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -75,7 +78,7 @@ class PyTorchCompileEngine(PyTorchEngine):
     def load(self, source: ModelSource, threads: int) -> None:
         """Build the twin and wrap it."""
         super().load(source, threads)
-        self._model = self._torch.compile(self._model.__call__, dynamic=False)
+        self._model = self._torch.compile(self._model.__call__, dynamic=False, fullgraph=True)
 
     def describe(self) -> dict[str, Any]:
         """Version and mode."""

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 Step = Callable[..., Any]
 Maker = Callable[["OpCall"], Step]
 
+#: Makers by operator name.
 MAKERS: dict[str, Maker] = {}
+
+_INSPECT = "inspect"
 
 
 def makes(op: str) -> Callable[[Maker], Maker]:
@@ -118,17 +121,19 @@ def _attention(call: OpCall) -> Step:
     attrs = call.attrs
     heads, kv_heads, head_dim = attrs["heads"], attrs["kv_heads"], attrs["head_dim"]
     packed, causal, scale = bool(attrs["packed"]), bool(attrs["causal"]), attrs.get("scale")
-    has_mask, has_bias = bool(attrs["mask"]), bool(attrs["bias"])
+    mask_at = (1 if packed else 3) if attrs["mask"] else None
+    bias_at = len(call.args) - 1 if attrs["bias"] else None
+    sources = tuple(None if at is None else call.args[at] for at in (mask_at, bias_at))
     widths = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
 
     def step(shared: dict[Any, Any], *operands: Any) -> Any:
         query, key, value = operands[0].split(widths, -1) if packed else operands[:3]
         batch, q_len, kv_len = query.shape[0], query.shape[1], key.shape[1]
-        mask = operands[1 if packed else 3] if has_mask else None
-        bias = operands[-1] if has_bias else None
-        name = (None if mask is None else id(mask), None if bias is None else id(bias), causal, q_len, kv_len)
+        mask = None if mask_at is None else operands[mask_at]
+        bias = None if bias_at is None else operands[bias_at]
+        name = (*sources, causal, q_len, kv_len)
         if name not in shared:
-            shared[name] = _additive_mask(mask, bias, causal, query, kv_len)
+            shared[name] = _additive_mask(mask, bias, causal, query, kv_len, shared[_INSPECT])
         additive, attends = shared[name]
         out = F.scaled_dot_product_attention(
             query.view(batch, q_len, heads, head_dim).transpose(1, 2),
@@ -146,19 +151,20 @@ def _attention(call: OpCall) -> Step:
     return step
 
 
-def _additive_mask(mask: Any, bias: Any, causal: bool, query: Any, kv_len: int) -> tuple[Any, Any]:
+def _additive_mask(mask: Any, bias: Any, causal: bool, query: Any, kv_len: int, inspect: bool) -> tuple[Any, Any]:
     """What SDPA adds to scores (None where nothing is masked), and where a query may attend no key (else None).
 
-    Built once per run and mask, as Hugging Face does; a mask of ones is dropped, which frees SDPA's faster path.
+    Built once per run and mask, as Hugging Face does. With ``inspect``, a mask of ones is dropped, which frees SDPA's
+    faster path; without, no branch depends on values, so that torch.compile captures one graph.
     """
     import torch
 
     allowed = None
-    if mask is not None and not bool(mask.all()):
+    if mask is not None and not (inspect and bool(mask.all())):
         allowed = (mask != 0)[:, None, None, :]
     if bias is not None:
         finite = bias > FLOOR
-        if not bool(finite.all()):
+        if not (inspect and bool(finite.all())):
             allowed = finite if allowed is None else allowed & finite
     if allowed is None and bias is None:
         return None, None
@@ -170,7 +176,7 @@ def _additive_mask(mask: Any, bias: Any, causal: bool, query: Any, kv_len: int) 
     attends = allowed.any(-1, keepdim=True)
     base = torch.zeros((), dtype=query.dtype, device=query.device) if bias is None else bias
     additive = torch.where(allowed, base, torch.finfo(query.dtype).min)
-    return additive, None if bool(attends.all()) else attends
+    return additive, None if inspect and bool(attends.all()) else attends
 
 
 class TorchModel:
@@ -180,11 +186,12 @@ class TorchModel:
         model: a :class:`~attntune.models.model.Model` or :class:`~attntune.engines.graph.ModelGraph`.
         entry: which of its entries.
         dtype: every floating-point weight is cast to it; ``"float64"`` makes an oracle.
+        inspect: whether masks may be looked at to choose a faster path; not under torch.compile.
 
     Calling it takes and returns tensors by name. It holds no state between calls.
     """
 
-    def __init__(self, model: Any, entry: str = "forward", dtype: str = "float32") -> None:
+    def __init__(self, model: Any, entry: str = "forward", dtype: str = "float32", inspect: bool = True) -> None:
         import torch
 
         spec = model.entries[entry]
@@ -201,6 +208,7 @@ class TorchModel:
                     self._add(name, _tensor(model.weights[name], getattr(torch, dtype)))
             sources = tuple(self._slot[name] for name in call.args)
             self._steps.append((MAKERS[call.op](call), sources, self._add(call.result, None)))
+        self._inspect = inspect
         self._inputs = tuple(tensor.name for tensor in spec.inputs)
         self._outputs = tuple(tensor.name for tensor in spec.outputs)
 
@@ -214,7 +222,7 @@ class TorchModel:
         values = list(self._values)
         for name in self._inputs:
             values[self._slot[name]] = inputs[name]
-        shared: dict[Any, Any] = {}
+        shared: dict[Any, Any] = {_INSPECT: self._inspect}
         for step, sources, target in self._steps:
             values[target] = step(shared, *[values[source] for source in sources])
         return {name: values[self._slot[name]] for name in self._outputs}

@@ -6,7 +6,7 @@ from graphs import tiny_bert, zoo
 
 from attntune.engines import ENGINES, ModelSource, engine
 from attntune.engines.graph import ModelGraph
-from attntune.engines.torch_reference import MAKERS, torch_reference
+from attntune.engines.torch_reference import MAKERS, TorchModel, torch_reference
 from attntune.errors import EngineError
 from attntune.interop import evaluate, export_onnx, sample_inputs
 from attntune.interop.onnx_ops import EMITTERS
@@ -48,6 +48,17 @@ def test_torch_follows_masking_biases():
     expected = evaluate(model, inputs)
     for name, value in torch_reference(model, inputs).items():
         np.testing.assert_allclose(value, expected[name], atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("mask", ["full", "ragged", "empty_row"])
+def test_torch_without_branches_on_values_gives_the_same(mask):
+    import torch
+
+    model = zoo()
+    inputs = sample_inputs(model, DIMS, mask=mask)
+    got = TorchModel(model, inspect=False)(**{name: torch.from_numpy(value) for name, value in inputs.items()})
+    for name, value in evaluate(model, inputs).items():
+        np.testing.assert_allclose(got[name].numpy(), value, atol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "pytorch"])
