@@ -12,7 +12,9 @@ fits on the interval named beside them, rounded to float32 one by one with the r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from functools import wraps
 from typing import Any
 
 _LOG2_E = math.log2(math.e)
@@ -28,35 +30,69 @@ _LN2_HIGH = 0.693359375
 _LN2_LOW = -2.12194440e-4
 
 
+#: Whether intermediate values are written out wherever they are used. TVM's emulation of bfloat16 copies expressions,
+#: and then rejects the names bound in both copies.
+_written_out: ContextVar[bool] = ContextVar("written_out", default=False)
+
+
+def _in_float32(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``function``, defined on float32, for arguments of any dtype."""
+
+    @wraps(function)
+    def on_any(x: Any) -> Any:
+        dtype = _dtype(x)
+        if dtype == "float32":
+            return function(x)
+        token = _written_out.set(dtype == "bfloat16")
+        try:
+            return function(x.astype("float32")).astype(dtype)
+        finally:
+            _written_out.reset(token)
+
+    return on_any
+
+
+@_in_float32
 def exp2(x: Any) -> Any:
     """2**x. At most 1.5 ulp; exact at integers; +inf from 128 up; exactly 0 below -126."""
-    t = _at_least(_at_most(_float32(x), 128.0), -127.0)
-    # floor, not round: the fraction's power is in [1, 2), so a product is either normal or, at n = -127, exactly 0.
-    n = _floor(t)
-    return _like(x, _power_of_two(n, 127) * _polynomial(t - n, _EXP2_DEGREE_6))
+
+    def power(t: Any, n: Any) -> Any:
+        # floor, not round: the fraction's power is in [1, 2), so a product is either normal or, at n = -127, exactly 0.
+        return _shared(t - n, lambda f: _power_of_two(n, 127) * _polynomial(f, _EXP2_DEGREE_6))
+
+    clamped = _at_least(_at_most(x, 128.0), -127.0)
+    return _shared(clamped, lambda t: _shared(_floor(t), lambda n: power(t, n)))
 
 
+@_in_float32
 def exp2_nonpositive(x: Any) -> Any:
     """2**x for x <= 0, the cheaper form for softmax. At most 2 ulp; exactly 1 at 0; exactly 0 from -126 down."""
     from tvm import tirx
 
-    t = _at_least(_float32(x), -126.0)
-    # ceil keeps the fraction small near 0, where softmax's largest weights are. The polynomial carries a factor of 2
-    # and the power one less, so that a product is either normal or, at n = -126, exactly 0.
-    n = tirx.ceil(t)
-    return _like(x, _power_of_two(n, 126) * _polynomial(t - n, _EXP2_DEGREE_5))
+    def power(t: Any, n: Any) -> Any:
+        # ceil keeps the fraction small near 0, where softmax's largest weights are. The polynomial carries a factor of
+        # 2 and the power one less, so that a product is either normal or, at n = -126, exactly 0.
+        return _shared(t - n, lambda f: _power_of_two(n, 126) * _polynomial(f, _EXP2_DEGREE_5))
+
+    clamped = _at_least(x, -126.0)
+    return _shared(clamped, lambda t: _shared(tirx.ceil(t), lambda n: power(t, n)))
 
 
+@_in_float32
 def exp(x: Any) -> Any:
     """e**x. At most 2 ulp; +inf above 88.72283; exactly 0 below -87.33654 (where e**x would be denormal)."""
     from tvm import tirx
 
-    t = _at_most(_float32(x), 89.0)
-    t = tirx.Select(t < _f32(-87.33654), _f32(-88.0), t)
-    n = _floor(t * _f32(_LOG2_E))
-    # Two-part reduction: one product with ln 2 would be 40 ulp off at the ends of the range.
-    r = (t - n * _f32(_LN2_HIGH)) - n * _f32(_LN2_LOW)
-    return _like(x, _power_of_two(n, 127) * _polynomial(r, _EXP_DEGREE_6))
+    def power(t: Any, n: Any) -> Any:
+        # Two-part reduction: one product with ln 2 would be 40 ulp off at the ends of the range.
+        r = (t - n * _f32(_LN2_HIGH)) - n * _f32(_LN2_LOW)
+        return _shared(r, lambda r: _power_of_two(n, 127) * _polynomial(r, _EXP_DEGREE_6))
+
+    def from_clamped(t: Any) -> Any:
+        return _shared(_floor(t * _f32(_LOG2_E)), lambda n: power(t, n))
+
+    flushed = _shared(_at_most(x, 89.0), lambda t: tirx.Select(t < _f32(-87.33654), _f32(-88.0), t))
+    return _shared(flushed, from_clamped)
 
 
 # -log2(erfc(x)) / x for x in [0, 4], weighted by erfc; from 3.94 up the power is below half an ulp of 1.
@@ -66,29 +102,34 @@ _LOG2_ERFC = (
 _ERF_SATURATES = 4.0
 
 
+@_in_float32
 def erf(x: Any) -> Any:
     """Error function. Absolute error at most 2e-7; exactly ±1 for |x| >= 4."""
     from tvm import tirx
 
-    t = _float32(x)
-    magnitude = _at_most(tirx.abs(t), _ERF_SATURATES)
-    exponent = _polynomial(magnitude, _LOG2_ERFC) * magnitude
-    return _like(x, _with_sign(_f32(1.0) - exp2_nonpositive(_f32(0.0) - exponent), t))
+    def signed(t: Any) -> Any:
+        exponent = _shared(_at_most(tirx.abs(t), _ERF_SATURATES), lambda m: _polynomial(m, _LOG2_ERFC) * m)
+        return _with_sign(_f32(1.0) - exp2_nonpositive(_f32(0.0) - exponent), t)
+
+    return _shared(x, signed)
 
 
+@_in_float32
 def tanh(x: Any) -> Any:
     """Hyperbolic tangent. Absolute error at most 3e-7; exactly ±1 for |x| >= 9.1."""
     from tvm import tirx
 
-    t = _float32(x)
-    e = exp2_nonpositive(tirx.abs(t) * _f32(-2.0 * _LOG2_E))
-    return _like(x, _with_sign((_f32(1.0) - e) / (_f32(1.0) + e), t))
+    def signed(t: Any) -> Any:
+        e = exp2_nonpositive(tirx.abs(t) * _f32(-2.0 * _LOG2_E))
+        return _with_sign(_shared(e, lambda e: (_f32(1.0) - e) / (_f32(1.0) + e)), t)
+
+    return _shared(x, signed)
 
 
+@_in_float32
 def sigmoid(x: Any) -> Any:
     """Logistic function, 1 / (1 + e**-x). Absolute error at most 2e-7; exactly 0 below -88.8, exactly 1 above 17.4."""
-    t = _float32(x)
-    return _like(x, _f32(1.0) / (_f32(1.0) + exp2(t * _f32(-_LOG2_E))))
+    return _f32(1.0) / (_f32(1.0) + exp2(x * _f32(-_LOG2_E)))
 
 
 def relu(x: Any) -> Any:
@@ -98,23 +139,37 @@ def relu(x: Any) -> Any:
     return tirx.max(tirx.const(0, _dtype(x)), x)
 
 
+@_in_float32
 def gelu(x: Any) -> Any:
     """GELU, x · Φ(x) by erf, as BERT and PyTorch's default define it. Absolute error at most 2e-7 · max(1, |x|)."""
-    t = _float32(x)
-    return _like(x, t * (_f32(0.5) * erf(t * _f32(math.sqrt(0.5))) + _f32(0.5)))
+    return _shared(x, lambda t: t * (_f32(0.5) * erf(t * _f32(math.sqrt(0.5))) + _f32(0.5)))
 
 
+@_in_float32
 def gelu_tanh(x: Any) -> Any:
     """GELU's tanh approximation (GPT-2, ``gelu_new``). Absolute error at most 3e-7 · max(1, |x|)."""
-    t = _float32(x)
-    inner = t * (_f32(math.sqrt(2.0 / math.pi)) + _f32(0.044715 * math.sqrt(2.0 / math.pi)) * t * t)
-    return _like(x, t * (_f32(0.5) * tanh(inner) + _f32(0.5)))
+    slope, cubic = math.sqrt(2.0 / math.pi), 0.044715 * math.sqrt(2.0 / math.pi)
+
+    def scaled(t: Any) -> Any:
+        return t * (_f32(0.5) * tanh(t * (_f32(slope) + _f32(cubic) * t * t)) + _f32(0.5))
+
+    return _shared(x, scaled)
 
 
+@_in_float32
 def silu(x: Any) -> Any:
     """SiLU or swish, x · sigmoid(x). Absolute error at most 3e-7 · max(1, |x|); -inf gives NaN, as in PyTorch."""
-    t = _float32(x)
-    return _like(x, t * sigmoid(t))
+    return _shared(x, lambda t: t * sigmoid(t))
+
+
+def _shared(value: Any, body: Callable[[Any], Any]) -> Any:
+    """``body(value)`` with ``value`` computed once; written out, nested polynomials grow exponentially."""
+    from tvm import tirx
+
+    if _written_out.get():
+        return body(value)
+    name = tirx.Var("t", _dtype(value))
+    return tirx.Let(name, value, body(name))
 
 
 def _power_of_two(n: Any, bias: int) -> Any:
@@ -161,15 +216,6 @@ def _f32(value: float) -> Any:
     from tvm import tirx
 
     return tirx.const(value, "float32")
-
-
-def _float32(x: Any) -> Any:
-    return x if _dtype(x) == "float32" else x.astype("float32")
-
-
-def _like(x: Any, value: Any) -> Any:
-    """``value``, float32, in the dtype of ``x``."""
-    return value if _dtype(x) == "float32" else value.astype(_dtype(x))
 
 
 def _dtype(x: Any) -> str:

@@ -56,11 +56,11 @@ class LinearCPU(ScheduleTemplate):
             Knob("k_unroll", (1, 2, 4, 8)),
             Knob("row_block", blocks),
         ]
-        accumulators = target.vector_registers - 2
 
         def fits(config: Config) -> bool:
             tile_rows, tile_vectors = config.integer("tile_rows"), config.integer("tile_vectors")
-            in_registers = tile_rows * tile_vectors + tile_vectors <= accumulators + 2
+            # One register is left for what is broadcast; a tile that fills them all spills in the inner loop.
+            in_registers = tile_rows * tile_vectors + tile_vectors < target.vector_registers
             block = config.integer("row_block")
             unrolled = tile_rows * tile_vectors * config.integer("k_unroll") <= 256
             return in_registers and unrolled and (block == 0 or block >= tile_rows)
@@ -83,10 +83,9 @@ class LinearCPU(ScheduleTemplate):
                 work = tiles * row_blocks
                 imbalance = math.ceil(work / target.cores) * target.cores / work + 0.01
             full, tail = divmod(w.rows, rows)
-            # A tile issues rows×vectors multiply-adds per (rows + vectors) loads; two loads hide behind one of them,
-            # and fewer than about eight chains leave the multiply-add latency exposed.
-            per_row = sum(_step_cost(height, vectors) for height in [rows] * full + ([tail] if tail else [])) / w.rows
-            per_element = per_row / vectors * column_waste * imbalance
+            heights = [(rows, full), (tail, 1)] if tail else [(rows, full)]
+            per_row = sum(_step_cost(height, vectors, target) * times for height, times in heights) / w.rows
+            per_element = per_row / vectors * column_waste * imbalance * (1.02 if tail else 1.0)
             return per_element * (1 + 0.01 * abs(config.integer("k_unroll") - 4)), config.key()
 
         return min(space, key=cost)
@@ -119,7 +118,12 @@ class LinearCPU(ScheduleTemplate):
         function = te.create_prim_func(tensors).with_attr("global_symbol", "main")
         sch = Schedule(tvm.IRModule({"main": function}))
         matmul, y = sch.get_sblock("matmul"), sch.get_sblock("y")
-        sch.set_scope(matmul, 0, "local")
+        # Under an activation the tile leaves the registers first: unrolled over a whole tile, a polynomial's constants
+        # and temporaries push accumulators out of registers in the inner loop, at half the speed.
+        staged = bool(w.activation) and w.activation != "relu"
+        copy = sch.cache_write(matmul, 0, "local") if staged else None
+        if copy is None:
+            sch.set_scope(matmul, 0, "local")
 
         i, j, k = sch.get_loops(matmul)
         column, vector, lane = sch.split(j, [None, vectors, lanes])
@@ -134,13 +138,18 @@ class LinearCPU(ScheduleTemplate):
             tile, row = sch.split(i, [None, tile_rows])
             sch.reorder(column, tile, k_outer, k_inner, row, vector, lane)
             outer = column
-        sch.reverse_compute_at(y, tile, preserve_unit_loops=True)
-        y_row, y_column = sch.get_loops(y)[-2:]
-        y_vector, y_lane = sch.split(y_column, [None, lanes])
-
-        for loop in (lane, y_lane):
-            sch.vectorize(loop)
-        for loop in (k_inner, row, vector, y_row, y_vector):
+        writer = y if copy is None else copy
+        sch.reverse_compute_at(writer, tile, preserve_unit_loops=True)
+        if copy is not None:
+            sch.reverse_compute_at(y, tile, preserve_unit_loops=True)
+            sch.vectorize(sch.split(sch.get_loops(y)[-1], [None, lanes])[1])
+        w_row, w_column = sch.get_loops(writer)[-2:]
+        w_vector, w_lane = sch.split(w_column, [None, lanes])
+        sch.vectorize(w_lane)
+        sch.unroll(w_vector)
+        sch.unroll(w_row)
+        sch.vectorize(lane)
+        for loop in (k_inner, row, vector):
             sch.unroll(loop)
         sch.parallel(outer)
         for loop, extent, factor in ((tile, w.rows, tile_rows), (k_outer, w.in_features, config.integer("k_unroll"))):
@@ -181,10 +190,16 @@ class LinearCPU(ScheduleTemplate):
         }
 
 
-def _step_cost(rows: int, vectors: int) -> float:
-    """Cycles, relative, of one reduction step of a tile."""
-    multiply_adds = rows * vectors
-    return max(multiply_adds, (rows + vectors) * 0.75, 8.0 if multiply_adds < 8 else 0.0) + 0.05 * (rows + vectors)
+def _step_cost(rows: int, vectors: int, target: Target) -> float:
+    """Cycles, relative, of one reduction step of a tile.
+
+    A tile issues rows·vectors multiply-adds for rows + vectors loads, of which two hide behind one multiply-add; fewer
+    than eight independent chains leave the multiply-add's latency bare, and a tile that nearly fills the registers
+    leaves the compiler none to schedule with.
+    """
+    multiply_adds, loads = rows * vectors, rows + vectors
+    crowded = (multiply_adds + vectors) / target.vector_registers > 0.86
+    return (max(multiply_adds, 0.75 * loads, 8.0) + 0.05 * loads) * (1.15 if crowded else 1.0)
 
 
 def _linear(workload: Workload) -> Linear:
