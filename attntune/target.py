@@ -278,7 +278,7 @@ PRESETS: dict[str, Target] = {
             48,
             2048,
             60,
-        ),  # fmt: skip
+        ),
         Target(
             "cpu",
             "aarch64-neon",
@@ -292,7 +292,7 @@ PRESETS: dict[str, Target] = {
             64 * _KIB,
             1024 * _KIB,
             32 * _MIB,
-        ),  # fmt: skip
+        ),
         _cuda("sm_80", 163, 108),
         _cuda("sm_90a", 227, 132),
     )
@@ -367,7 +367,8 @@ def native() -> Target:
     mcpu = _native_mcpu(features)
     return Target(
         "cpu", mcpu, mcpu, host_triple(), features, bits, registers, physical_cores(), len(available_cpus()),
-        _cache_bytes(1, "Data", 32 * _KIB), _cache_bytes(2, "Unified", 512 * _KIB), _cache_bytes(3, "Unified", 8 * _MIB),
+        _cache_bytes(1, "Data", 32 * _KIB), _cache_bytes(2, "Unified", 512 * _KIB),
+        _cache_bytes(3, "Unified", 8 * _MIB),
     )  # fmt: skip
 
 

@@ -209,8 +209,10 @@ def _as_numpy(value: Any, name: str) -> np.ndarray:
 
 
 def _fit(array: np.ndarray | None, spec: Mapping[str, Any], piece: Piece, dims: Mapping[str, int]) -> np.ndarray:
-    """The rows of ``piece``, padded with zeros to its bucket; copied only when padded, unaligned,
-    read-only or not contiguous."""
+    """The rows of ``piece``, padded with zeros to its bucket.
+
+    Copied only when padded, unaligned, read-only or not contiguous.
+    """
     wanted = tuple(piece.bucket[dim] if isinstance(dim, str) else int(dim) for dim in spec["dims"])
     inside = tuple(
         piece.stop - piece.start if dim == "batch" else dims[dim] if isinstance(dim, str) else dim
