@@ -70,17 +70,20 @@ class AttentionCPU(ScheduleTemplate):
         def cost(config: Config) -> tuple[float, str]:
             vectors, tile, rows = (config.integer(n) for n in ("query_vectors", "key_tile", "out_rows"))
             block_queries = vectors * lanes * config.integer("query_tiles")
+            blocks = math.ceil(w.kv_len / config.integer("key_block"))
             padded = _ceil(w.q_len, vectors * lanes) / w.q_len
             tasks = w.batch * w.heads * math.ceil(w.q_len / block_queries)
             imbalance = math.ceil(tasks / target.cores) * target.cores / tasks
-            score = max(vectors * tile, 0.75 * (vectors + tile), 8.0) / (vectors * tile)
-            out = max(rows * dims, 0.75 * (rows + dims), 8.0) / (rows * dims)
+            products = _step_cost(tile, vectors, target) + _step_cost(rows, dims, target)
             block_bytes = 4 * block_queries * min(config.integer("key_block"), w.kv_len)
-            in_l1 = 1.0 if block_bytes <= target.l1d_bytes else 1.05 if block_bytes <= target.l2_bytes / 2 else 1.3
-            rescale = 1.0 + 0.02 * (math.ceil(w.kv_len / config.integer("key_block")) - 1)
-            transpose = 1.0 + 0.5 / max(1, min(w.kv_len, 512) / 8)
-            tail = 1.0 + 0.02 * bool(w.kv_len % tile)
-            return padded * imbalance * (score + out) * in_l1 * rescale * transpose * tail, config.key()
+            in_cache = (
+                1.0 if block_bytes <= 0.6 * target.l1d_bytes else 1.03 if block_bytes <= target.l1d_bytes else 1.08
+            )
+            # Every block of keys rescales what is held of the result; every block of queries reads all keys again.
+            rescale = 1.0 + (2.0 / config.integer("key_block") if blocks > 1 else 0.0)
+            reread = 1.0 + 1.0 / block_queries
+            tails = 1.0 + 0.03 * bool(w.kv_len % tile) + 0.01 * bool(block_queries % rows)
+            return padded * imbalance * products * in_cache * rescale * reread * tails, config.key()
 
         return min(self.space(workload, target), key=cost)
 
@@ -413,6 +416,13 @@ class _Kernel:
         from tvm import tirx
 
         return tirx.Ramp(tirx.const(0, "int32"), 1, self.lanes)
+
+
+def _step_cost(rows: int, vectors: int, target: Target) -> float:
+    """Cycles, relative, of one multiply-add of a register tile; see the linear template."""
+    multiply_adds, loads = rows * vectors, rows + vectors
+    crowded = (multiply_adds + vectors) / target.vector_registers > 0.86
+    return (max(multiply_adds, 0.75 * loads, 8.0) + 0.05 * loads) * (1.15 if crowded else 1.0) / multiply_adds
 
 
 def _ceil(value: int, multiple: int) -> int:
