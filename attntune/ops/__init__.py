@@ -46,7 +46,7 @@ def workload_from_key(key: str) -> Workload:
     try:
         fields = json.loads(key)
         cls = operator(fields.pop("op"))
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise WorkloadError(f"malformed workload key {key!r}: expected JSON with an 'op' field ({error})") from None
     try:
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})

@@ -118,6 +118,11 @@ def lanes_within(lanes: int, extent: int) -> int:
     return 1 << (min(lanes, extent).bit_length() - 1)
 
 
+def powers_of_two_below(lanes: int) -> list[int]:
+    """``lanes/2, lanes/4, … 1``."""
+    return [1 << bit for bit in reversed(range(lanes.bit_length() - 1))]
+
+
 def balanced(terms: Sequence[Any], combine: Any) -> Any:
     """Combine ``terms`` pairwise, as a tree: the dependency chain is log2 long."""
     terms = list(terms)
@@ -133,32 +138,30 @@ def fuse_outer(sch: Any, block: Any, count: int) -> Any:
     return sch.fuse(*loops) if len(loops) > 1 else loops[0]
 
 
-def vectorize_inner(sch: Any, block: Any, lanes: int, unroll: int = 1) -> None:
-    """Vectorise the innermost loop of ``block``, whatever its extent.
+def vectorize_inner(sch: Any, block: Any, lanes: int) -> None:
+    """Vectorise the innermost loop of ``block``, whatever its extent; ``block`` itself cannot be moved afterwards.
 
     ::
 
         for j in range(n): b
         →
-        for j_outer in range(n / lanes / unroll): for j_mid unrolled: for lane vectorised: b   main part, unconditional
-        for … the rest                                                                         tail
+        for j_outer in range(n // lanes): for lane vectorised: b
+        for j in the next lanes/2, where n has them, vectorised: b      … lanes/4, … down to 1
 
-    A loop of at most ``lanes`` iterations becomes vectors of the largest power of two within it, then its tail.
+    The tail is split into distinct powers of two, so that no element is reached under a condition. (The compiler's own
+    loop partition would leave the tail scalar, and is misled by other conditions in ``b``, such as a causal mask's.)
     """
     loop = sch.get_loops(block)[-1]
     extent = int(sch.get(loop).extent)
     lanes = lanes_within(lanes, extent)
-    if lanes == 1:
-        return
-    if extent == lanes:
-        sch.vectorize(loop)
-        return
-    outer, lane = sch.split(loop, [None, lanes])
-    sch.vectorize(lane)
-    if extent % lanes:
-        sch.annotate(outer, PARTITION_HINT, 1)
-    elif unroll > 1 and (extent // lanes) % unroll == 0:
-        sch.unroll(sch.split(outer, [None, unroll])[1])
+    main = extent // lanes * lanes
+    sizes = [main, *(width for width in powers_of_two_below(lanes) if (extent - main) & width)]
+    loops = sch.loop_partition(loop, [*sizes[:-1], None]) if len(sizes) > 1 else [loop]
+    for part, size in zip(loops, sizes, strict=True):
+        if size > lanes:
+            sch.vectorize(sch.split(part, [None, lanes])[1])
+        elif size > 1:
+            sch.vectorize(part)
 
 
 def compute_reduction_at(sch: Any, stages: Sequence[LaneStage], loop: Any) -> None:

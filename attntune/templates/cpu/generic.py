@@ -16,6 +16,7 @@ It is the floor under every operator without a template of its own, and the base
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, ClassVar
 
 from attntune.ops.workload import Workload
@@ -62,15 +63,16 @@ class GenericCPU(ScheduleTemplate):
             if not _reductions(sch, block) and _only_read_elementwise(sch, block):
                 sch.compute_inline(block)
         lanes, vectors, parallel = target.lanes("float32"), config.integer("vectors"), bool(config["parallel"])
-        for block in _stages(sch):
-            if not sch.get_loops(block):
-                continue
+        stages = [block for block in _stages(sch) if sch.get_loops(block)]
+        for block in stages:
+            if _reductions(sch, block) and _reduces_contiguously(sch, block):
+                _reduce_in_lanes(sch, block, lanes, vectors, parallel)
+            elif _reductions(sch, block):
+                _reduce_around_lanes(sch, block, lanes, vectors, parallel)
+        # Last, for a partitioned loop lets no other stage be moved.
+        for block in stages:
             if not _reductions(sch, block):
                 _elementwise(sch, block, lanes, parallel)
-            elif _reduces_contiguously(sch, block):
-                _reduce_in_lanes(sch, block, lanes, vectors, parallel)
-            else:
-                _reduce_around_lanes(sch, block, lanes, vectors, parallel)
         return sch.mod
 
     def features(self, workload: Workload, target: Target, config: Config) -> dict[str, float]:
@@ -114,6 +116,26 @@ def _reduces_contiguously(sch: Any, block: Any) -> bool:
     return all(uses(region[-1]) and not any(uses(bounds) for bounds in region[:-1]) for region in indexed)
 
 
+def _has_index_conditions(sch: Any, block: Any) -> bool:
+    """Whether ``block`` selects by its indices, as a causal mask does: the compiler's loop partition misjudges those.
+
+    A condition on data holds a load, which prints with brackets; one without is a condition on indices.
+    """
+    text = sch.get(block).script()
+    conditions = [_first_argument(text[found.end() :]) for found in re.finditer(r"(?:Select|if_then_else)\(", text)]
+    return any("[" not in part for condition in conditions for part in re.split(r" and | or ", condition))
+
+
+def _first_argument(text: str) -> str:
+    """``text`` up to the comma that ends the first argument of a call."""
+    depth = 0
+    for at, character in enumerate(text):
+        depth += (character in "([") - (character in ")]")
+        if depth < 0 or (depth == 0 and character == ","):
+            return text[:at]
+    return text
+
+
 def _elementwise(sch: Any, block: Any, lanes: int, parallel: bool) -> None:
     """``for i: for j: b`` → ``for i parallel: for j_outer: for lane vectorised: b``."""
     loops = sch.get_loops(block)
@@ -140,6 +162,8 @@ def _reduce_in_lanes(sch: Any, block: Any, lanes: int, vectors: int, parallel: b
     extent = int(sch.get(rest[-1]).extent)
     width = lanes_within(lanes, extent)
     vectors = max(v for v in (1, 2, 4, 8) if v == 1 or (v <= vectors and v * width <= extent))
+    if extent % (vectors * width) and _has_index_conditions(sch, block):
+        vectors, width = 1, math.gcd(width, extent)
     if width == 1:
         if parallel:
             sch.parallel(outer)
@@ -197,7 +221,9 @@ def _reduce_around_lanes(sch: Any, block: Any, lanes: int, vectors: int, paralle
         return
     extent = int(sch.get(spatial[-1]).extent)
     width = lanes_within(lanes, extent)
-    vectors = max(v for v in (1, 2, 4, 8) if v <= vectors and v * width <= extent)
+    vectors = max(v for v in (1, 2, 4, 8) if v == 1 or (v <= vectors and v * width <= extent))
+    if extent % (vectors * width) and _has_index_conditions(sch, block):
+        vectors, width = 1, math.gcd(width, extent)
     tile, vector, lane = sch.split(spatial[-1], [None, vectors, width])
     sch.reorder(*spatial[:-1], tile, *reductions, vector, lane)
     outer = sch.fuse(*spatial[:-1], tile) if len(spatial) > 1 else tile

@@ -33,7 +33,7 @@ class RowTemplate(ScheduleTemplate):
 
     kind: ClassVar[str] = "cpu"
     stages: ClassVar[tuple[str, ...]]
-    """Stages before ``y``, in the order they are computed."""
+    """Stages before ``y``, in the order they are computed; a variant may lack some."""
     row_stage: ClassVar[str]
     """The stage as large as the row itself."""
     row_stage_is_cheap: ClassVar[bool]
@@ -105,14 +105,17 @@ class RowTemplate(ScheduleTemplate):
         task, row = sch.split(rows, [None, config.integer("rows_per_task")])
         if int(sch.get(task).extent) > 1:
             sch.parallel(task)
-        for name in reversed(self.stages):
+        rank = len(workload.outputs()[0].shape)
+        present = {sch.get(block).name_hint: block for block in sch.get_child_blocks(sch.get_sblock("root"))}
+        stages = [name for name in self.stages if name in present]
+        for name in reversed(stages):
             if name in reduction.stages:
                 compute_reduction_at(sch, reduction.stages[name], row)
-            elif name != self.row_stage or stored:
-                sch.compute_at(sch.get_sblock(name), row, preserve_unit_loops=True)
-        vectorize_inner(sch, y, lanes)
-        if stored:
-            vectorize_inner(sch, sch.get_sblock(self.row_stage), lanes)
+            else:
+                sch.compute_at(present[name], row, preserve_unit_loops=True)
+        for name in (*stages, "y"):
+            if len(sch.get(present[name]).writes[0].region) == rank:
+                vectorize_inner(sch, present[name], lanes)
         return sch.mod
 
     def features(self, workload: Workload, target: Target, config: Config) -> dict[str, float]:

@@ -14,7 +14,7 @@ class SoftmaxCPU(RowTemplate):
     """Each exponential is computed once and kept for the row."""
 
     op: ClassVar[str] = "softmax"
-    stages: ClassVar[tuple[str, ...]] = ("top", "power", "total", "inverse")
+    stages: ClassVar[tuple[str, ...]] = ("wide", "top", "power", "total", "inverse")
     row_stage: ClassVar[str] = "power"
     row_stage_is_cheap: ClassVar[bool] = False
 

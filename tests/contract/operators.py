@@ -1,0 +1,254 @@
+"""One row for each operator: what the contract tests of ops and templates need to know of it.
+
+A new operator adds one row to ROWS; everything in test_ops.py and test_templates.py then covers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from attntune.ops import Attention, EmbeddingNorm, LayerNorm, Linear, MeanPool, Softmax, TensorSpec, Workload
+
+
+@dataclass(frozen=True)
+class Row:
+    """Workloads that are small and odd, an oracle that is not ours, and a model's call."""
+
+    workloads: tuple[Workload, ...]
+    """Every variant; sizes of 1, primes, and sizes that no vector or tile divides."""
+    oracle: Callable[..., np.ndarray]
+    """``oracle(workload, *float64 torch tensors)`` by torch alone."""
+    call: tuple[dict[str, Any], tuple[tuple[int, ...], ...], Workload]
+    """Attributes and argument shapes of a call with leading dimensions, and the workload it must give."""
+    drawn: st.SearchStrategy[Workload]
+    """Shapes for property tests."""
+    wrong: tuple[dict[str, Any], ...]
+    """Fields that contradict themselves when put into the first workload."""
+
+
+def _linear(w: Linear, x, weight, *rest):
+    from torch.nn import functional as F
+
+    rest = list(rest)
+    y = F.linear(x, weight, rest.pop(0) if w.bias else None)
+    y = {
+        "": lambda v: v,
+        "relu": F.relu,
+        "gelu": F.gelu,
+        "silu": F.silu,
+        "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+    }[w.activation](y)
+    return y + rest.pop(0) if w.residual else y
+
+
+def _attention(w: Attention, *operands):
+    import torch
+    from torch.nn import functional as F
+
+    operands = list(operands)
+    if w.packed:
+        widths = [w.heads * w.head_dim, w.kv_heads * w.head_dim, w.kv_heads * w.head_dim]
+        query, key, value = operands.pop(0).split(widths, dim=-1)
+    else:
+        query, key, value = (operands.pop(0) for _ in range(3))
+    q = query.reshape(w.batch, w.q_len, w.heads, w.head_dim).transpose(1, 2)
+    k, v = (t.reshape(w.batch, w.kv_len, w.kv_heads, w.head_dim).transpose(1, 2) for t in (key, value))
+    k, v = (t.repeat_interleave(w.heads // w.kv_heads, dim=1) for t in (k, v))
+    allowed = torch.ones(w.batch, 1, w.q_len, w.kv_len, dtype=torch.bool)
+    if w.mask:
+        allowed = allowed & (operands.pop(0) != 0)[:, None, None, :]
+    if w.causal:
+        allowed = allowed & torch.ones(w.q_len, w.kv_len, dtype=torch.bool).tril(w.causal_offset)
+    bias = torch.zeros(1, 1, w.q_len, w.kv_len, dtype=torch.float64)
+    if w.bias_heads:
+        bias = operands.pop(0)
+    scores = torch.where(allowed, bias.expand(w.batch, -1, -1, -1), -torch.inf)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=scores, scale=w.scale)
+    seen = allowed.any(-1, keepdim=True)
+    return torch.where(seen, out, 0.0).transpose(1, 2).reshape(w.batch, w.q_len, w.heads * w.head_dim)
+
+
+def _layer_norm(w: LayerNorm, x, *rest):
+    from torch.nn import functional as F
+
+    *residual, weight, bias = rest
+    return F.layer_norm(x + residual[0] if residual else x, (w.features,), weight, bias, w.eps)
+
+
+def _embedding_norm(w: EmbeddingNorm, ids, type_ids, word, position, type_, weight, bias):
+    from torch.nn import functional as F
+
+    row = F.embedding(ids, word) + position[: w.seq] + F.embedding(type_ids, type_)
+    return F.layer_norm(row, (w.features,), weight, bias, w.eps)
+
+
+def _mean_pool(w: MeanPool, x, mask):
+    from torch.nn import functional as F
+
+    chosen = (mask != 0)[:, :, None]
+    mean = x.masked_fill(~chosen, 0.0).sum(1) / chosen.sum(1).clamp(min=w.eps)
+    return F.normalize(mean) if w.normalize else mean
+
+
+def _softmax(w: Softmax, x):
+    from torch.nn import functional as F
+
+    return F.softmax(x, dim=-1)
+
+
+_SIZES = st.one_of(st.integers(1, 40), st.sampled_from([47, 61, 64, 96, 100, 127, 128, 131]))
+_FEW = st.integers(1, 9)
+
+ROWS: dict[str, Row] = {
+    "linear": Row(
+        workloads=(
+            Linear(5, 17, 33, activation="gelu", residual=True),
+            Linear(1, 1, 1),
+            Linear(13, 31, 47, bias=False, activation="relu"),
+            Linear(7, 64, 96, activation="gelu_tanh"),
+            Linear(19, 40, 65, activation="silu", bias=False, residual=True),
+            Linear(33, 24, 7),
+            Linear(64, 48, 128),
+        ),
+        oracle=_linear,
+        call=(
+            {"bias": True, "activation": "gelu", "residual": True},
+            ((2, 3, 17), (33, 17), (33,), (2, 3, 33)),
+            Linear(6, 17, 33, activation="gelu", residual=True),
+        ),
+        drawn=st.builds(
+            Linear,
+            rows=_SIZES,
+            in_features=_SIZES,
+            out_features=_SIZES,
+            bias=st.booleans(),
+            activation=st.sampled_from(["", "gelu"]),
+            residual=st.booleans(),
+        ),
+        wrong=({"rows": 0}, {"activation": "swish"}, {"dtype": "int8"}, {"in_features": 2.5}),
+    ),
+    "attention": Row(
+        workloads=(
+            Attention(2, 3, 17, 17, 32, packed=True, mask=True),
+            Attention(1, 1, 1, 1, 1),
+            Attention(1, 4, 5, 29, 8, kv_heads=2, mask=True),
+            Attention(3, 2, 33, 33, 16, packed=True, causal=True, mask=True),
+            Attention(2, 2, 7, 31, 20, causal=True, causal_offset=24),
+            Attention(1, 2, 19, 13, 80, bias_batch=1, bias_heads=2, scale=0.25),
+            Attention(2, 2, 23, 70, 96, bias_batch=2, bias_heads=1, mask=True),
+            Attention(1, 2, 9, 4, 17, causal=True),
+        ),
+        oracle=_attention,
+        call=(
+            {
+                "heads": 4,
+                "kv_heads": 2,
+                "head_dim": 8,
+                "packed": False,
+                "causal": True,
+                "mask": True,
+                "bias": True,
+                "scale": None,
+            },
+            ((2, 5, 32), (2, 7, 16), (2, 7, 16), (2, 7), (1, 4, 5, 7)),
+            Attention(2, 4, 5, 7, 8, kv_heads=2, causal=True, mask=True, bias_batch=1, bias_heads=4),
+        ),
+        drawn=st.builds(
+            Attention,
+            batch=st.integers(1, 3),
+            heads=st.integers(1, 3),
+            q_len=st.integers(1, 70),
+            kv_len=st.integers(1, 140),
+            head_dim=st.sampled_from([1, 8, 17, 32, 64, 80]),
+            mask=st.booleans(),
+            causal=st.booleans(),
+        ),
+        wrong=({"heads": 0}, {"kv_heads": 2}, {"packed": True, "q_len": 3}, {"bias_batch": 1}),
+    ),
+    "layer_norm": Row(
+        workloads=(
+            LayerNorm(7, 37, residual=True),
+            LayerNorm(1, 1),
+            LayerNorm(5, 131, eps=1e-5),
+            LayerNorm(64, 48, residual=True),
+            LayerNorm(3, 15),
+            LayerNorm(2, 384),
+            LayerNorm(6, 1000, residual=True),
+        ),
+        oracle=_layer_norm,
+        call=(
+            {"eps": 1e-12, "residual": True},
+            ((2, 3, 17), (2, 3, 17), (17,), (17,)),
+            LayerNorm(6, 17, residual=True),
+        ),
+        drawn=st.builds(LayerNorm, rows=_SIZES, features=_SIZES, residual=st.booleans(), eps=st.just(1e-5)),
+        wrong=({"rows": -1}, {"eps": 0.0}, {"dtype": "int64"}),
+    ),
+    "softmax": Row(
+        workloads=(
+            Softmax(5, 37),
+            Softmax(1, 1),
+            Softmax(64, 128),
+            Softmax(3, 15),
+            Softmax(7, 1021),
+            Softmax(2, 2),
+        ),
+        oracle=_softmax,
+        call=({}, ((2, 3, 4, 17),), Softmax(24, 17)),
+        drawn=st.builds(Softmax, rows=_SIZES, features=_SIZES),
+        wrong=({"features": 0}, {"dtype": "float8"}),
+    ),
+    "embedding_norm": Row(
+        workloads=(
+            EmbeddingNorm(2, 7, 50, 11, 2, 37),
+            EmbeddingNorm(1, 1, 1, 1, 1, 1),
+            EmbeddingNorm(3, 5, 101, 5, 1, 64),
+            EmbeddingNorm(1, 16, 30, 64, 2, 131, eps=1e-5),
+        ),
+        oracle=_embedding_norm,
+        call=(
+            {"eps": 1e-12},
+            ((2, 7), (2, 7), (50, 37), (11, 37), (2, 37), (37,), (37,)),
+            EmbeddingNorm(2, 7, 50, 11, 2, 37),
+        ),
+        drawn=st.builds(
+            EmbeddingNorm,
+            batch=_FEW,
+            seq=st.integers(1, 30),
+            vocab=_SIZES,
+            positions=st.just(30),
+            types=_FEW,
+            features=_SIZES,
+            eps=st.just(1e-5),
+        ),
+        wrong=({"seq": 12}, {"eps": -1.0}, {"types": 0}),
+    ),
+    "mean_pool": Row(
+        workloads=(
+            MeanPool(3, 7, 37),
+            MeanPool(1, 1, 1),
+            MeanPool(4, 13, 96),
+            MeanPool(2, 31, 385),
+            MeanPool(5, 8, 15, normalize=False),
+        ),
+        oracle=_mean_pool,
+        call=({"eps": 1e-9, "normalize": False}, ((2, 5, 17), (2, 5)), MeanPool(2, 5, 17, normalize=False)),
+        drawn=st.builds(MeanPool, batch=_FEW, seq=_SIZES, features=_SIZES, normalize=st.booleans()),
+        wrong=({"seq": True}, {"eps": 0.0}),
+    ),
+}
+
+#: Every workload of every row, with a readable id.
+WORKLOADS = [workload for row in ROWS.values() for workload in row.workloads]
+
+
+def call_arguments(op: str) -> tuple[dict[str, Any], list[TensorSpec], Workload]:
+    """The row's call, its arguments as specs with the dtypes of the workload it must give."""
+    attrs, shapes, expected = ROWS[op].call
+    dtypes = [spec.dtype for spec in expected.inputs()]
+    return attrs, [TensorSpec(f"arg{i}", s, d) for i, (s, d) in enumerate(zip(shapes, dtypes, strict=True))], expected
