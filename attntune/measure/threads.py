@@ -1,8 +1,8 @@
 """TVM's runtime without its compiler, with every thread of a kernel on a core of its own.
 
-TVM pins its pool's workers by CPU number and leaves the calling thread, which computes too, wherever the system puts
-it, often beside a worker. Here TVM's own pinning is off (``TVM_BIND_THREADS=0`` in ``POOL_ENV``) and each thread,
-the caller included, gets one of the CPUs this process may use, distinct physical cores first.
+TVM uses half the logical CPUs unless told otherwise, and leaves the calling thread, which computes too, wherever the
+system puts it: beside a worker, that halves the speed of a two-core machine. Here each thread, the caller included,
+gets one of the CPUs this process may use, distinct physical cores first.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from attntune.errors import WorkerError
+from attntune.errors import AttntuneError
 from attntune.target import available_cpus
 
-POOL_ENV = {"TVM_BIND_THREADS": "0", "OPENBLAS_THREAD_TIMEOUT": "10"}
+POOL_ENV = {"OPENBLAS_THREAD_TIMEOUT": "10"}
 """Environment of a process that calls :func:`pin_pool`; idle BLAS threads must not spin beside a timed kernel."""
 
 
@@ -26,7 +26,7 @@ def load_runtime() -> Any:
     """The ``tvm_ffi`` module, with libtvm_runtime loaded and neither the TVM compiler nor torch imported."""
     spec = importlib.util.find_spec("tvm")
     if spec is None or not spec.submodule_search_locations:
-        raise WorkerError("expected apache-tvm to be installed, found no package 'tvm'")
+        raise AttntuneError("expected apache-tvm to be installed, found no package 'tvm'")
     lib = Path(next(iter(spec.submodule_search_locations))) / "lib"
     without_torch = "torch" not in sys.modules
     if without_torch:
@@ -42,24 +42,16 @@ def load_runtime() -> Any:
 
 
 def pin_pool(cores: int) -> bool:
-    """Start this thread's pool of ``cores`` threads, itself one of them, and pin each to its own CPU.
+    """Give this thread a pool of ``cores`` threads, itself one of them, each on a CPU of its own.
 
     Returns whether it pinned: not when there are fewer CPUs than threads, nor where the system has no such call.
     """
-    runtime = load_runtime()
-    before = _threads()
-    runtime.get_global_func("runtime.config_threadpool")(1, cores)
-    started = sorted(_threads() - before)
+    configure = load_runtime().get_global_func("runtime.config_threadpool")
     cpus = available_cpus()
-    if cores > len(cpus) or not hasattr(os, "sched_setaffinity") or len(started) != cores - 1:
+    if cores > len(cpus) or not hasattr(os, "sched_setaffinity"):
+        configure(1, cores)
         return False
-    for thread, cpu in zip((0, *started), cpus, strict=False):
-        os.sched_setaffinity(thread, {cpu})
+    # -2: worker i on the i-th CPU given. The caller counts as the first but is left where it is.
+    configure(-2, cores, [str(cpu) for cpu in cpus[:cores]])
+    os.sched_setaffinity(0, {cpus[0]})
     return True
-
-
-def _threads() -> set[int]:
-    try:
-        return {int(name) for name in os.listdir("/proc/self/task")}
-    except OSError:
-        return set()

@@ -1,60 +1,19 @@
-"""Load TVM's runtime library, without the compiler, and place its threads."""
+"""The thread that runs kernels, and tensors over other libraries' memory."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
-from attntune.errors import ArtifactError
-from attntune.target import available_cpus
+from attntune.measure.threads import load_runtime, pin_pool
 
 T = TypeVar("T")
 
 # With torch installed, tvm_ffi otherwise compiles an extension at first import, for half a minute.
 os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
-
-
-@lru_cache(maxsize=1)
-def load_runtime() -> Any:
-    """``tvm_ffi``, with ``libtvm_runtime`` loaded; the compiler is neither needed nor loaded.
-
-    Raises:
-        ArtifactError: when the library is not installed.
-    """
-    try:
-        import tvm_ffi
-        from tvm_ffi.libinfo import load_lib_ctypes
-    except ImportError:
-        raise ArtifactError("running an artifact needs apache-tvm-ffi; install it with: pip install attntune") from None
-    spec = importlib.util.find_spec("tvm")
-    folders = [Path(spec.origin).parent / "lib"] if spec is not None and spec.origin else []
-    try:
-        load_lib_ctypes("tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=folders)
-    except (OSError, RuntimeError) as error:
-        raise ArtifactError(f"expected libtvm_runtime in {[str(f) for f in folders]}: {error}") from None
-    return tvm_ffi
-
-
-def place_threads(cores: int) -> None:
-    """Give the calling thread a pool of ``cores`` threads, each on a core of its own, itself included.
-
-    TVM uses half the logical CPUs unless told otherwise, and leaves the caller unpinned, where it may share a core with
-    one of its workers: that halves the speed of a two-core machine.
-    """
-    tvm_ffi = load_runtime()
-    cpus = available_cpus()
-    cores = min(cores, len(cpus))
-    spread = [str(cpu) for cpu in cpus[:cores]]
-    # -2: one given core for each thread.
-    tvm_ffi.get_global_func("runtime.config_threadpool")(-2, cores, spread)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {cpus[0]})
 
 
 class KernelThread:
@@ -80,7 +39,7 @@ class KernelThread:
 
     def _with_cores(self, cores: int, call: Callable[[], T]) -> T:
         if cores != self._cores:
-            place_threads(cores)
+            pin_pool(cores)
             self._cores = cores
         return call()
 

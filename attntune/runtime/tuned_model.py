@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from attntune.errors import InputError
+from attntune.measure.threads import load_runtime
 from attntune.runtime.artifact import ALIGNMENT, LIBRARY, WEIGHTS, Artifact, map_weights, open_artifact
 from attntune.runtime.buckets import Bucket, Piece, Planner, buckets_of
-from attntune.runtime.library import KERNEL_THREAD, device_tensors, load_runtime
+from attntune.runtime.library import KERNEL_THREAD, device_tensors
 from attntune.target import Target
 
 _CPU = 1  # kDLCPU
