@@ -273,13 +273,15 @@ class _Kernel:
         with T.unroll(height) as a, T.unroll(self.vectors) as v:
             j = start + at + a
             lane0 = (g * self.vectors + v) * lanes
-            score = self._load(acc, [a, v, 0])
             if w.bias_heads:
-                row = tirx.Min(self.first + lane0 + self._lane_index(), self._int_splat(w.q_len - 1))
                 bias = self.operand["bias"]
                 batch = self.b if w.bias_batch > 1 else 0
                 head = self.h if w.bias_heads > 1 else 0
-                score = score + tirx.BufferLoad(bias, [batch, head, row, j]) * self._broadcast(log2e)
+                # Lanes run over queries, which are rows of the bias: a gather, written as a loop to be vectorised.
+                with T.vectorized(lanes) as lane:
+                    row = tirx.min(self.first + lane0 + lane, w.q_len - 1)
+                    T.buffer_store(acc, acc[a, v, lane] + bias[batch, head, row, j] * log2e, [a, v, lane])
+            score = self._load(acc, [a, v, 0])
             if w.mask:
                 allowed = self.operand["mask"][self.b, j] != tirx.const(0, "int64")
                 score = score + self._broadcast(
@@ -406,11 +408,6 @@ class _Kernel:
         from tvm import tirx
 
         return tirx.Broadcast(tirx.const(value, "float32"), self.lanes)
-
-    def _int_splat(self, value: int) -> Any:
-        from tvm import tirx
-
-        return tirx.Broadcast(tirx.const(value, "int32"), self.lanes)
 
     def _lane_index(self) -> Any:
         from tvm import tirx
