@@ -182,8 +182,9 @@ class Attention(Workload):
         )
         out = te.compute(
             (self.batch, self.q_len, q_width),
-            lambda b, i, c: context[b, c // dim, i, c % dim]
-            / te.max(total[b, c // dim, i], tirx.const(1e-30, "float32")),
+            lambda b, i, c: (
+                context[b, c // dim, i, c % dim] / te.max(total[b, c // dim, i], tirx.const(1e-30, "float32"))
+            ),
             name="out",
         )
         return [*operands.values(), out]

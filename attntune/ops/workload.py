@@ -81,7 +81,9 @@ class Workload(ABC):
 
     def tolerance(self) -> tuple[float, float]:
         """``(rtol, atol)`` against :meth:`reference`, for this dtype and reduction length."""
-        eps = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-10}.get(getattr(self, "dtype", "float32"), 0.0)
+        eps = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-10}.get(
+            getattr(self, "dtype", "float32"), 0.0
+        )
         return 32 * eps, 32 * eps
 
     def example_inputs(self, seed: int = 0) -> tuple[np.ndarray, ...]:
