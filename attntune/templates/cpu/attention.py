@@ -47,6 +47,8 @@ class AttentionCPU(ScheduleTemplate):
             Knob("key_block", (*tuple(b for b in (32, 64, 128, 256, 512) if b < w.kv_len), _ceil(w.kv_len, 4))),
             Knob("key_tile", tuple(t for t in (1, 2, 4, 6, 8, 12) if t <= max(1, w.kv_len))),
             Knob("out_rows", (1, 2, 3, 4, 6, 8, 12)),
+            # Whether a core takes all heads of some queries, rather than all queries of some heads.
+            Knob("heads_inner", (False, True) if query_vectors > 1 and w.heads > 1 else (False,)),
         ]
 
         def fits(config: Config) -> bool:
@@ -82,8 +84,12 @@ class AttentionCPU(ScheduleTemplate):
             # Every block of keys rescales what is held of the result; every block of queries reads all keys again.
             rescale = 1.0 + (2.0 / config.integer("key_block") if blocks > 1 else 0.0)
             reread = 1.0 + 1.0 / block_queries
+            # Rows that the layers before and after compute on this core, unless keys and values then leave its cache.
+            keys_and_values = 8 * w.kv_len * w.kv_heads * w.head_dim
+            local = w.batch % target.cores != 0 and keys_and_values <= target.l2_bytes // 2
+            order = 1.0 if config["heads_inner"] == local else 1.01
             tails = 1.0 + 0.03 * bool(w.kv_len % tile) + 0.01 * bool(block_queries % rows)
-            return padded * imbalance * products * in_cache * rescale * reread * tails, config.key()
+            return padded * imbalance * products * in_cache * rescale * reread * order * tails, config.key()
 
         return min(self.space(workload, target), key=cost)
 
@@ -131,6 +137,7 @@ class _Kernel:
         self.key_block = min(config.integer("key_block"), _ceil(w.kv_len, 4))
         self.key_tile = config.integer("key_tile")
         self.out_rows = config.integer("out_rows")
+        self.heads_inner = bool(config["heads_inner"])
         self.dim_vectors = math.ceil(w.head_dim / self.lanes)
         # Wide heads are covered by several passes over as many registers as leave room for rows.
         self.dims_held = min(self.dim_vectors, target.vector_registers // 4)
@@ -151,7 +158,11 @@ class _Kernel:
             with T.sblock("root"):
                 blocks = math.ceil(w.q_len / self.block_queries)
                 with T.parallel(w.batch * w.heads * blocks) as task, T.sblock("block"):
-                    self._block(task // (w.heads * blocks), task // blocks % w.heads, task % blocks)
+                    if self.heads_inner:
+                        head, block = task % w.heads, task // w.heads % blocks
+                    else:
+                        head, block = task // blocks % w.heads, task % blocks
+                    self._block(task // (w.heads * blocks), head, block)
         return builder.get()
 
     # -- one block of queries ------------------------------------------------------------------------------------------
