@@ -41,7 +41,7 @@ class TuningRecord:
     run_secs: tuple[float, ...] = ()
     """Every sample, in seconds per call, in the order taken. Empty unless ``status`` is ``correct``."""
     cache: str = "hot"
-    """``hot``: operands stay in cache between calls; ``cold``: caches are flushed before each."""
+    """``hot``: activations stay in cache between calls, weights do not; ``cold``: caches are flushed before each."""
     max_abs_error: float | None = None
     max_rel_error: float | None = None
     rtol: float = 0.0

@@ -199,14 +199,17 @@ def _staged(w: Linear) -> bool:
 
 
 def _row_order_cost(w: Linear, config: Config, target: Target) -> float:
-    """How much worse than the best order of rows and columns, a little: the next layer tells, not this kernel.
+    """How much worse than the best order of rows and columns, a little.
 
-    Blocks of rows shared out evenly leave each row on the core whose cache holds it before and after; fewer rows than
-    pay for streaming the whole weight through every core go column by column.
+    Column by column, each core streams its own part of the weight, which comes from memory in a model of many layers.
+    Blocks of rows shared out evenly leave each row on the core whose cache holds it before and after; they pay once
+    there is more to read of the rows than of the weight. (Rows 128, in 1536, out 384, weights cold: 811 µs by columns,
+    870 by rows.)
     """
     block = config.integer("row_block")
-    if block == 0:
-        return 1.01
+    by_columns = w.rows * (w.in_features + w.out_features) <= 3 * w.in_features * w.out_features
+    if block == 0 or by_columns:
+        return 1.0 if block == 0 and by_columns else 1.03
     blocks = math.ceil(w.rows / block)
     even = blocks % target.cores == 0 and w.rows % block == 0
     whole_tiles = block % config.integer("tile_rows") == 0
