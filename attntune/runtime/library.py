@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from queue import SimpleQueue
+from typing import Any, TypeVar, cast
 
 from attntune.measure.threads import load_runtime, pin_pool
 
@@ -25,23 +25,45 @@ class KernelThread:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._executor: ThreadPoolExecutor | None = None
-        self._cores = 0
+        self._starting = threading.Lock()
+        self._jobs: SimpleQueue[tuple[int, Callable[[], Any], list[Any], threading.Lock]] | None = None
 
     def run(self, cores: int, call: Callable[[], T]) -> T:
         """Run ``call`` with a pool of ``cores`` threads and return its result."""
-        with self._lock:
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="attntune-kernels")
-            future = self._executor.submit(self._with_cores, cores, call)
-        return future.result()
+        jobs = self._jobs or self._start()
+        # A queue and a lock, not an executor: between two kernels every Python object touched is a cache miss.
+        outcome: list[Any] = []
+        done = threading.Lock()
+        done.acquire()
+        jobs.put((cores, call, outcome, done))
+        done.acquire()
+        result, error = outcome
+        if error is not None:
+            raise error
+        return cast(T, result)
 
-    def _with_cores(self, cores: int, call: Callable[[], T]) -> T:
-        if cores != self._cores:
-            pin_pool(cores)
-            self._cores = cores
-        return call()
+    def _start(self) -> SimpleQueue[tuple[int, Callable[[], Any], list[Any], threading.Lock]]:
+        with self._starting:
+            if self._jobs is None:
+                self._jobs = SimpleQueue()
+                threading.Thread(target=self._work, args=(self._jobs,), name="attntune-kernels", daemon=True).start()
+            return self._jobs
+
+    @staticmethod
+    def _work(jobs: SimpleQueue[tuple[int, Callable[[], Any], list[Any], threading.Lock]]) -> None:
+        placed = 0
+        while True:
+            cores, call, outcome, done = jobs.get()
+            try:
+                if cores != placed:
+                    pin_pool(cores)
+                    placed = cores
+                outcome += call(), None
+            except BaseException as error:
+                outcome += None, error
+            done.release()
+            # What the job held must not live until the next one comes.
+            del call, outcome, done
 
     def forget(self) -> None:
         """Start afresh, as a forked child must: threads do not survive a fork."""

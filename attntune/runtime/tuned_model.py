@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class TunedModel:
         library = tvm_ffi.load_module(str((self.folder / LIBRARY).resolve()))
         self._machine = library["vm_load_executable"]()
         self._machine["vm_initialization"](_CPU, 0, _POOLED)
-        self._functions: dict[str, Any] = {}
+        self._functions: dict[str, tuple[Any, list[Padded]]] = {}
 
     @property
     def entries(self) -> tuple[str, ...]:
@@ -113,9 +114,12 @@ class TunedModel:
     ) -> list[np.ndarray]:
         parts = []
         for piece in pieces:
-            prepared = [_fit(array, spec, piece, dims) for array, spec in zip(arrays, signature["inputs"], strict=True)]
-            function = self._function(piece.bucket)
-            out = function(*device_tensors(prepared), *self._weights[entry])
+            function, padded = self._function(piece.bucket, signature["inputs"])
+            tensors = [
+                _fit(array, spec, piece, dims, buffer)
+                for array, spec, buffer in zip(arrays, signature["inputs"], padded, strict=True)
+            ]
+            out = function(*tensors, *self._weights[entry])
             outputs = [out] if len(signature["outputs"]) == 1 else list(out)
             parts.append([np.from_dlpack(output) for output in outputs])
         results = []
@@ -135,11 +139,30 @@ class TunedModel:
             results.append(whole)
         return results
 
-    def _function(self, bucket: Bucket) -> Any:
-        function = self._functions.get(bucket.function)
-        if function is None:
-            function = self._functions[bucket.function] = self._machine[bucket.function]
-        return function
+    def _function(self, bucket: Bucket, specs: list[Mapping[str, Any]]) -> tuple[Any, list[Padded]]:
+        """The bucket's function, and a buffer for each of its inputs, kept from call to call."""
+        found = self._functions.get(bucket.function)
+        if found is None:
+            shapes = [
+                tuple(bucket[dim] if isinstance(dim, str) else int(dim) for dim in spec["dims"]) for spec in specs
+            ]
+            padded = [Padded.zeros(shape, np.dtype(spec["dtype"])) for shape, spec in zip(shapes, specs, strict=True)]
+            found = self._functions[bucket.function] = (self._machine[bucket.function], padded)
+        return found
+
+
+@dataclass(frozen=True)
+class Padded:
+    """An aligned array as large as a bucket's input, and the tensor over its memory."""
+
+    array: np.ndarray
+    tensor: Any
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Padded:
+        """A new one."""
+        array = aligned_zeros(shape, dtype)
+        return cls(array, device_tensors([array])[0])
 
 
 def check_inputs(
@@ -209,27 +232,28 @@ def _as_numpy(value: Any, name: str) -> np.ndarray:
     raise InputError(f"input {name!r} is a {type(value).__name__}; expected a NumPy array or a torch tensor")
 
 
-def _fit(array: np.ndarray | None, spec: Mapping[str, Any], piece: Piece, dims: Mapping[str, int]) -> np.ndarray:
-    """The rows of ``piece``, padded with zeros to its bucket.
+def _fit(
+    array: np.ndarray | None, spec: Mapping[str, Any], piece: Piece, dims: Mapping[str, int], padded: Padded
+) -> Any:
+    """The rows of ``piece`` as a tensor of its bucket's shape.
 
-    Copied only when padded, unaligned, read-only or not contiguous.
+    Read in place when they have that shape, lie contiguously at a multiple of 64 bytes, and may be exported (DLPack
+    refuses read-only memory); else copied into ``padded``, with zeros past them.
     """
-    wanted = tuple(piece.bucket[dim] if isinstance(dim, str) else int(dim) for dim in spec["dims"])
+    rows = array if array is None or spec["dims"][0] != "batch" else array[piece.start : piece.stop]
+    whole = padded.array.shape
+    if rows is not None and rows.shape == whole:
+        if rows.ctypes.data % ALIGNMENT == 0 and rows.flags.c_contiguous and rows.flags.writeable:
+            return device_tensors([rows])[0]
+        np.copyto(padded.array, rows)
+        return padded.tensor
     inside = tuple(
-        piece.stop - piece.start if dim == "batch" else dims[dim] if isinstance(dim, str) else dim
+        slice(piece.stop - piece.start if dim == "batch" else dims[dim] if isinstance(dim, str) else dim)
         for dim in spec["dims"]
     )
-    if array is not None:
-        rows = array[piece.start : piece.stop] if spec["dims"][0] == "batch" else array
-        # DLPack exports no read-only memory.
-        usable = rows.flags.c_contiguous and rows.flags.writeable and rows.ctypes.data % ALIGNMENT == 0
-        if usable and rows.shape == wanted:
-            return rows
-    else:
-        rows = np.full(inside, spec["fill"], spec["dtype"])
-    padded = aligned_zeros(wanted, np.dtype(spec["dtype"]))
-    padded[tuple(slice(0, size) for size in inside)] = rows
-    return padded
+    padded.array.fill(0)
+    padded.array[inside] = spec["fill"] if rows is None else rows
+    return padded.tensor
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
