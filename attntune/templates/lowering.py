@@ -18,7 +18,55 @@ def build(module: Any, target: Target) -> Any:
 
     tvm_target = target.to_tvm()
     with tvm_target, tvm.transform.PassContext(opt_level=3, config=PASS_CONFIG):
-        return tvm.compile(module, target=tvm_target)
+        return tvm.compile(module, target=tvm_target, relax_pipeline=_relax_pipeline())
+
+
+def _relax_pipeline() -> Any:
+    """Relax to VM calls. Kernels are scheduled already, so nothing is legalised or fused."""
+    import tvm
+    from tvm.relax import transform
+
+    return tvm.transform.Sequential(
+        [
+            transform.RewriteDataflowReshape(),
+            transform.ToNonDataflow(),
+            transform.RemovePurityChecking(),
+            transform.CallTIRRewrite(),
+            transform.StaticPlanBlockMemory(),
+            transform.LowerAllocTensor(),
+            transform.KillAfterLastUse(),
+            transform.LowerRuntimeBuiltin(),
+            transform.ComputePrimValue(),
+            transform.VMShapeLower(),
+            tvm.transform.module_pass(_without_parameter_checks, opt_level=0),
+            transform.AttachGlobalSymbol(),
+        ]
+    )
+
+
+def _without_parameter_checks(module: Any, _context: Any) -> Any:
+    """Drop the checks of each parameter's type and shape that every call of a VM function begins with.
+
+    Shapes are static here, the runtime checks a caller's inputs itself, and weights do not change: two checks for each
+    of a model's weights are 1 % of a short call.
+    """
+    from tvm import relax
+
+    checks = {"vm.builtin.check_tensor_info", "vm.builtin.match_shape"}
+
+    def is_check(binding: Any) -> bool:
+        callee = getattr(binding.value, "op", None)
+        return isinstance(callee, relax.ExternFunc) and str(callee.global_symbol) in checks
+
+    for name, function in module.functions_items():
+        if isinstance(function, relax.Function):
+            blocks = [
+                relax.BindingBlock([binding for binding in block.bindings if not is_check(binding)])
+                for block in function.body.blocks
+            ]
+            body = relax.SeqExpr(blocks, function.body.body)
+            module[name] = relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
+    return module
 
 
 def export(module: Any, target: Target, path: Path) -> None:
