@@ -13,7 +13,7 @@ from attntune.errors import InputError
 from attntune.measure.threads import load_runtime
 from attntune.runtime.artifact import ALIGNMENT, LIBRARY, WEIGHTS, Artifact, map_weights, open_artifact
 from attntune.runtime.buckets import Bucket, Piece, Planner, buckets_of
-from attntune.runtime.library import KERNEL_THREAD, device_tensors
+from attntune.runtime.kernel_thread import KERNEL_THREAD, device_tensors
 from attntune.target import Target
 
 _CPU = 1  # kDLCPU
