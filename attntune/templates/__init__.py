@@ -16,11 +16,16 @@ from attntune.templates.cpu.mean_pool import MeanPoolCPU
 from attntune.templates.cpu.softmax import SoftmaxCPU
 from attntune.templates.template import Packing, ScheduleTemplate
 
-#: Templates by operator and kind of target. A new template adds one line here.
-REGISTRY: dict[tuple[str, str], ScheduleTemplate] = {
-    (template.op, template.kind): template
-    for template in (AttentionCPU(), EmbeddingNormCPU(), LayerNormCPU(), LinearCPU(), MeanPoolCPU(), SoftmaxCPU())
-}
+#: Every template; of those for one operator and kind of target, the first that supports a workload schedules it. A new
+#: template adds one line here.
+REGISTRY: tuple[ScheduleTemplate, ...] = (
+    AttentionCPU(),
+    EmbeddingNormCPU(),
+    LayerNormCPU(),
+    LinearCPU(),
+    MeanPoolCPU(),
+    SoftmaxCPU(),
+)
 
 #: By kind of target: what schedules an operator that has no template.
 GENERIC: dict[str, ScheduleTemplate] = {"cpu": GenericCPU()}
@@ -29,18 +34,20 @@ __all__ = ["GENERIC", "REGISTRY", "Packing", "ScheduleTemplate", "load_template"
 
 
 def template_for(workload: Workload, target: Target) -> ScheduleTemplate:
-    """The template for this operator on this kind of target; the generic one where there is none.
+    """The first template that supports this workload on this target; the generic one where there is none.
 
     Raises:
         TargetError: when nothing schedules for this kind of target.
     """
-    template = REGISTRY.get((workload.op, target.kind)) or GENERIC.get(target.kind)
-    if template is None:
-        raise TargetError(
-            f"no template schedules {workload.op!r} for a target of kind {target.kind!r}; "
-            f"expected a target of kind {sorted({kind for _, kind in REGISTRY} | set(GENERIC))}"
-        )
-    return template
+    for template in REGISTRY:
+        if (template.op, template.kind) == (workload.op, target.kind) and template.supports(workload, target):
+            return template
+    if target.kind in GENERIC:
+        return GENERIC[target.kind]
+    raise TargetError(
+        f"no template schedules {workload.op!r} for a target of kind {target.kind!r}; "
+        f"expected a target of kind {sorted({template.kind for template in REGISTRY} | set(GENERIC))}"
+    )
 
 
 def load_template(name: str) -> ScheduleTemplate:

@@ -38,6 +38,10 @@ class ScheduleTemplate(ABC):
         """``module:Class``, by which a worker process finds this template again."""
         return f"{type(self).__module__}:{type(self).__qualname__}"
 
+    def supports(self, workload: Workload, target: Target) -> bool:
+        """Whether it schedules this variant (dtype, options) with the instructions ``target`` has."""
+        return True
+
     @abstractmethod
     def space(self, workload: Workload, target: Target) -> ConfigSpace:
         """Every legal config, derived from the target's limits."""
