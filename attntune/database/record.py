@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from attntune.errors import DatabaseError
+from attntune.errors import DatabaseError, WorkloadError
+from attntune.ops import workload_from_key
 from attntune.search.space import Config
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Status(StrEnum):
@@ -105,6 +106,8 @@ class TuningRecord:
             return cls(
                 **{
                     **fields,
+                    "workload": fields["workload"] if schema > 1 else _canonical(fields["workload"]),
+                    "schema": SCHEMA_VERSION,
                     "config": Config.from_json(fields["config"]),
                     "status": Status(fields["status"]),
                     "run_secs": tuple(float(s) for s in fields.get("run_secs", ())),
@@ -114,3 +117,11 @@ class TuningRecord:
             raise DatabaseError(f"record lacks the field {error}") from None
         except (TypeError, ValueError, AttributeError) as error:
             raise DatabaseError(f"malformed record: {error}") from None
+
+
+def _canonical(key: str) -> str:
+    """A workload's key as it is written today: those of schema 1 held every field, today's leave out defaults."""
+    try:
+        return workload_from_key(key).key()
+    except WorkloadError:  # of an operator that is not in this version
+        return key

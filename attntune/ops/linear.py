@@ -1,4 +1,4 @@
-"""Linear layer with a fused epilogue: ``activation(x · Wᵀ + bias) + residual``."""
+"""Linear layer with a fused epilogue: ``activation(x · Wᵀ + bias) + residual``, plain, gated, or with int8 weights."""
 
 from __future__ import annotations
 
@@ -9,17 +9,26 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from attntune.ops.workload import FLOAT_DTYPES, TensorSpec, Workload, one_of, positive, require
+from attntune.ops.workload import FLOAT_DTYPES, TensorSpec, Workload, as_dtype, one_of, positive, require
 
 ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")
+#: Largest magnitude of a quantised value; -128 is not used, so that the range is symmetric.
+INT8_MAX = 127
 
 
 @dataclass(frozen=True)
 class Linear(Workload):
-    """``y = activation(x · weightᵀ + bias) + residual``.
+    """``y = activation(x · weightᵀ + bias) + residual``; gated: ``activation(x · gateᵀ) ⊙ (x · upᵀ)``, then the same.
 
     Shapes: x (rows, in_features), weight (out_features, in_features) constant, bias (out_features,) constant,
     residual (rows, out_features) → y (rows, out_features). ``rows`` is the product of all leading dimensions.
+
+    Gated (Shazeer, "GLU Variants Improve Transformer", 2020): weight and bias have 2·out_features rows, first the gate,
+    then what it multiplies.
+
+    With ``weight_dtype="int8"`` the weight is symmetric int8 with one float32 scale an output feature, scale
+    (rows of weight,) constant, after the weight; x is quantised as the kernel runs, symmetrically with one scale a row:
+    ``q = round(x · 127 / max|x|)``. The products of integers are exact.
     """
 
     op: ClassVar[str] = "linear"
@@ -31,110 +40,194 @@ class Linear(Workload):
     activation: str = ""
     residual: bool = False
     dtype: str = "float32"
+    gated: bool = False
+    weight_dtype: str = ""
+    """``""`` means ``dtype``; or ``"int8"``."""
+    out_dtype: str = ""
+    """Of y; ``""`` means ``dtype``."""
 
     def __post_init__(self) -> None:
         positive(self.op, rows=self.rows, in_features=self.in_features, out_features=self.out_features)
         one_of(self.op, "activation", self.activation, ACTIVATIONS)
         one_of(self.op, "dtype", self.dtype, FLOAT_DTYPES)
+        one_of(self.op, "weight_dtype", self.weight_dtype, ("", "int8"))
+        one_of(self.op, "out_dtype", self.out_dtype, ("", *FLOAT_DTYPES))
+        if self.out_dtype == self.dtype:
+            object.__setattr__(self, "out_dtype", "")
 
     @classmethod
     def from_call(cls, attrs: Mapping[str, Any], args: Sequence[TensorSpec]) -> Linear:
-        """From a model's call: x (…, in_features), weight, then bias and residual as ``attrs`` say."""
+        """From a model's call: x (…, in_features), weight, its scale where it is int8, then bias and residual."""
         x, weight = args[0], args[1]
         require(
             x.shape[-1] == weight.shape[1],
             f"linear: expected x (…, {weight.shape[1]}) for weight {weight.shape}, got {x.shape}",
         )
+        gated = bool(attrs.get("gated", False))
+        require(not gated or weight.shape[0] % 2 == 0, f"linear: expected an even gated weight, got {weight.shape}")
         return cls(
             rows=math.prod(x.shape[:-1]),
             in_features=weight.shape[1],
-            out_features=weight.shape[0],
+            out_features=weight.shape[0] // (2 if gated else 1),
             bias=bool(attrs["bias"]),
             activation=str(attrs.get("activation", "")),
             residual=bool(attrs.get("residual", False)),
             dtype=x.dtype,
+            gated=gated,
+            weight_dtype="int8" if weight.dtype == "int8" else "",
+            out_dtype=str(attrs.get("out_dtype", "")),
         )
 
+    @property
+    def weight_rows(self) -> int:
+        """Rows of the weight: out_features, twice that where gated."""
+        return self.out_features * (2 if self.gated else 1)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weight is int8."""
+        return self.weight_dtype == "int8"
+
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """X, weight, then bias and residual where the variant has them."""
+        """X, weight, then scale, bias and residual where the variant has them."""
         specs = [
             TensorSpec("x", (self.rows, self.in_features), self.dtype),
-            TensorSpec("weight", (self.out_features, self.in_features), self.dtype, constant=True),
-        ]
+            TensorSpec(
+                "weight", (self.weight_rows, self.in_features), self.weight_dtype or self.dtype, constant=True
+            ),
+        ]  # fmt: skip
+        if self.quantized:
+            specs.append(TensorSpec("scale", (self.weight_rows,), "float32", constant=True))
         if self.bias:
-            specs.append(TensorSpec("bias", (self.out_features,), self.dtype, constant=True))
+            specs.append(TensorSpec("bias", (self.weight_rows,), self.dtype, constant=True))
         if self.residual:
             specs.append(TensorSpec("residual", (self.rows, self.out_features), self.dtype))
         return tuple(specs)
 
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Y (rows, out_features)."""
-        return (TensorSpec("y", (self.rows, self.out_features), self.dtype),)
+        return (TensorSpec("y", (self.rows, self.out_features), self.out_dtype or self.dtype),)
 
     def compute(self) -> list[Any]:
-        """Tensor expression with the weight as it comes, (out_features, in_features)."""
-        from tvm import te
-
-        weight = te.placeholder((self.out_features, self.in_features), self.dtype, "weight")
-        return self.expression(weight, lambda j, k: weight[j, k])
-
-    def expression(self, weight: Any, element: Any, columns: int | None = None) -> list[Any]:
-        """The definition over any layout of the weight: ``element(j, k)`` reads weight (out j, in k).
-
-        Templates call this with a packed placeholder; stages are named ``matmul`` and ``y``. ``columns`` is the width
-        of ``matmul`` where the layout is padded past out_features; ``y`` never is.
-        """
+        """Tensor expression: quantisation of x where the weight is int8, ``matmul``, then the epilogue ``y``."""
         from tvm import te
 
         from attntune.ops import math as tmath
 
-        x = te.placeholder((self.rows, self.in_features), self.dtype, "x")
+        operand = {spec.name: te.placeholder(spec.shape, spec.dtype, spec.name) for spec in self.inputs()}
+        x, weight = operand["x"], operand["weight"]
         k = te.reduce_axis((0, self.in_features), name="k")
-        product = te.compute(
-            (self.rows, columns or self.out_features),
-            lambda i, j: te.sum(x[i, k] * element(j, k), axis=k),
-            name="matmul",
-        )
-        operands = [x, weight]
-        if self.bias:
-            bias = te.placeholder((self.out_features,), self.dtype, "bias")
-            operands.append(bias)
-        if self.residual:
-            residual = te.placeholder((self.rows, self.out_features), self.dtype, "residual")
-            operands.append(residual)
+        shape = (self.rows, self.weight_rows)
+        if self.quantized:
+            quantized, step = self._quantize(x)
+            exact = te.compute(
+                shape,
+                lambda i, j: te.sum(quantized[i, k].astype("int32") * weight[j, k].astype("int32"), axis=k),
+                name="matmul",
+            )
+
+            def product(i: Any, j: Any) -> Any:
+                return exact[i, j].astype("float32") * (step[i] * operand["scale"][j])
+        else:
+            sums = te.compute(
+                shape,
+                lambda i, j: te.sum(x[i, k].astype("float32") * weight[j, k].astype("float32"), axis=k),
+                name="matmul",
+            )
+
+            def product(i: Any, j: Any) -> Any:
+                return sums[i, j]
+
+        def biased(i: Any, j: Any) -> Any:
+            value = product(i, j)
+            return value + operand["bias"][j].astype("float32") if self.bias else value
 
         def epilogue(i: Any, j: Any) -> Any:
-            value = product[i, j]
-            if self.bias:
-                value = value + bias[j]
+            value = biased(i, j)
             if self.activation:
-                value = getattr(tmath, self.activation)(value)
+                with tmath.rounded_to(self.outputs()[0].dtype):
+                    value = getattr(tmath, self.activation)(value)
+            if self.gated:
+                value = value * biased(i, j + self.out_features)
             if self.residual:
-                value = value + residual[i, j]
-            return value
+                value = value + operand["residual"][i, j].astype("float32")
+            return value.astype(self.outputs()[0].dtype)
 
-        return [*operands, te.compute((self.rows, self.out_features), epilogue, name="y")]
+        return [*operand.values(), te.compute((self.rows, self.out_features), epilogue, name="y")]
+
+    def _quantize(self, x: Any) -> tuple[Any, Any]:
+        """Stages ``quantized`` (rows, in_features) int8 and ``step`` (rows,), what one unit of it is worth."""
+        from tvm import te, tirx
+
+        k = te.reduce_axis((0, self.in_features), name="k_max")
+        top = te.compute(
+            (self.rows,), lambda i: te.max(tirx.abs(x[i, k].astype("float32")), axis=k), name="top"
+        )  # fmt: skip
+        limit = tirx.const(float(INT8_MAX), "float32")
+        tiny = tirx.const(1e-30, "float32")
+        quantized = te.compute(
+            (self.rows, self.in_features),
+            lambda i, j: tirx.nearbyint(x[i, j].astype("float32") * (limit / te.max(top[i], tiny))).astype("int8"),
+            name="quantized",
+        )
+        step = te.compute((self.rows,), lambda i: top[i] * tirx.const(1.0 / INT8_MAX, "float32"), name="step")
+        return quantized, step
 
     def reference(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Float64 NumPy."""
-        operands = iter(np.asarray(value, np.float64) for value in inputs)
-        x, weight = next(operands), next(operands)
+        """Float64 NumPy; the quantisation of x in float32, as the definition has it."""
+        operand = dict(zip((spec.name for spec in self.inputs()), inputs, strict=True))
+        x, weight = np.asarray(operand["x"], np.float64), np.asarray(operand["weight"], np.float64)
+        if self.quantized:
+            x, weight = dequantized(x), weight * np.asarray(operand["scale"], np.float64)[:, None]
         y = x @ weight.T
         if self.bias:
-            y = y + next(operands)
-        y = activation_reference(self.activation, y)
+            y = y + np.asarray(operand["bias"], np.float64)
+        gate = activation_reference(self.activation, y[:, : self.out_features])
+        y = gate * y[:, self.out_features :] if self.gated else gate
         if self.residual:
-            y = y + next(operands)
+            y = y + np.asarray(operand["residual"], np.float64)
         return (y,)
 
     def flops(self) -> int:
         """Multiply-adds of the product; the epilogue is not counted."""
-        return 2 * self.rows * self.in_features * self.out_features
+        return 2 * self.rows * self.in_features * self.weight_rows
 
     def tolerance(self) -> tuple[float, float]:
         """Rounding of a dot product grows with the root of its length for random operands."""
         rtol, atol = super().tolerance()
-        return rtol, atol * max(1.0, math.sqrt(self.in_features) / 8)
+        if self.dtype == "float32":
+            atol *= max(1.0, math.sqrt(self.in_features) / 8) * (4.0 if self.gated else 1.0)
+        return rtol, atol
+
+    def example_inputs(self, seed: int = 0) -> tuple[np.ndarray, ...]:
+        """Normal operands, weights scaled by 1/√in_features; int8 weights with the scales that undo them."""
+        if not self.quantized:
+            return super().example_inputs(seed)
+        rng = np.random.default_rng(seed)
+        values = []
+        for spec in self.inputs():
+            if spec.name == "weight":
+                weight = rng.standard_normal(spec.shape, np.float32) / np.float32(math.sqrt(self.in_features))
+                quantized, scale = quantize_weight(weight)
+                values += [quantized, scale]
+            elif spec.name != "scale":
+                values.append(as_dtype(rng.standard_normal(spec.shape, np.float32), spec.dtype))
+        return tuple(values)
+
+
+def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A float weight (out_features, in_features) as int8 of the same shape and scales (out_features,) float32."""
+    values = np.asarray(weight, np.float32)
+    scale = np.maximum(np.abs(values).max(axis=1), np.float32(1e-30)) / np.float32(INT8_MAX)
+    return np.rint(values / scale[:, None]).astype(np.int8), scale.astype(np.float32)
+
+
+def dequantized(x: np.ndarray) -> np.ndarray:
+    """X (rows, in_features) after symmetric int8 quantisation with one scale a row, in float64."""
+    values = np.asarray(x, np.float32)
+    top = np.abs(values).max(axis=1, keepdims=True)
+    quantized = np.rint(values * (np.float32(INT8_MAX) / np.maximum(top, np.float32(1e-30))))
+    return np.asarray(quantized.astype(np.float64) * np.asarray(top * np.float32(1.0 / INT8_MAX), np.float64))
 
 
 def activation_reference(name: str, x: np.ndarray) -> np.ndarray:

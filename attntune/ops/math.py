@@ -12,7 +12,8 @@ fits on the interval named beside them, rounded to float32 one by one with the r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any
@@ -43,13 +44,20 @@ def _in_float32(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         dtype = _dtype(x)
         if dtype == "float32":
             return function(x)
-        token = _written_out.set(dtype == "bfloat16")
-        try:
+        with rounded_to(dtype):
             return function(x.astype("float32")).astype(dtype)
-        finally:
-            _written_out.reset(token)
 
     return on_any
+
+
+@contextmanager
+def rounded_to(dtype: str) -> Iterator[None]:
+    """While expressions are built whose float32 values are then cast to ``dtype``."""
+    token = _written_out.set(dtype == "bfloat16")
+    try:
+        yield
+    finally:
+        _written_out.reset(token)
 
 
 @_in_float32

@@ -35,14 +35,26 @@ def _linear(w: Linear, x, weight, *rest):
     from torch.nn import functional as F
 
     rest = list(rest)
+    if w.quantized:
+        import torch
+
+        weight = weight * rest.pop(0)[:, None]
+        # One scale a row of x, in float32 as the definition has it.
+        top = x.float().abs().amax(1, keepdim=True)
+        x = torch.round(x.float() * (torch.full_like(top, 127) / top)).double() * (top * torch.tensor(1 / 127)).double()
     y = F.linear(x, weight, rest.pop(0) if w.bias else None)
-    y = {
+    activation = {
         "": lambda v: v,
         "relu": F.relu,
         "gelu": F.gelu,
         "silu": F.silu,
         "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
-    }[w.activation](y)
+    }[w.activation]
+    if w.gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = activation(gate) * up
+    else:
+        y = activation(y)
     return y + rest.pop(0) if w.residual else y
 
 
@@ -114,6 +126,14 @@ ROWS: dict[str, Row] = {
             Linear(19, 40, 65, activation="silu", bias=False, residual=True),
             Linear(33, 24, 7),
             Linear(64, 48, 128),
+            Linear(6, 30, 41, activation="silu", gated=True, residual=True),
+            Linear(9, 34, 48, bias=False, gated=True),
+            Linear(11, 38, 35, activation="gelu", residual=True, dtype="bfloat16"),
+            Linear(1, 64, 96, bias=False, dtype="bfloat16", out_dtype="float32"),
+            Linear(5, 16, 40, activation="silu", gated=True, dtype="bfloat16"),
+            Linear(7, 45, 50, activation="relu", residual=True, weight_dtype="int8"),
+            Linear(1, 64, 33, activation="gelu_tanh", gated=True, weight_dtype="int8"),
+            Linear(18, 40, 64, dtype="bfloat16", weight_dtype="int8"),
         ),
         oracle=_linear,
         call=(

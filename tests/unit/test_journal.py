@@ -113,7 +113,7 @@ def test_a_file_that_is_one_torn_line(tmp_path):
         (b"not json", "expected a tuning record as one JSON object, got 'not json'"),
         (b"[1, 2]", "expected a record to be a JSON object, got list"),
         (b"\xff\xfe", "expected a tuning record as one JSON object"),
-        (json.dumps({**record().to_json(), "schema": 7}).encode(), "schema 1 or older, got schema 7"),
+        (json.dumps({**record().to_json(), "schema": 7}).encode(), "schema 2 or older, got schema 7"),
     ],
 )
 def test_malformed_middle_line(tmp_path, line, expected):

@@ -8,6 +8,7 @@ from records import record
 
 from attntune.database.record import Status, TuningRecord
 from attntune.errors import DatabaseError
+from attntune.ops import Softmax
 
 
 def test_survives_json():
@@ -39,7 +40,7 @@ def test_a_correct_trial_must_carry_times():
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"schema": 99}, "schema 1 or older, got schema 99"),
+        ({"schema": 99}, "schema 2 or older, got schema 99"),
         ({"schema": None}, "got schema None"),
         ({"colour": 1}, r"unknown record fields \['colour'\]"),
         ({"status": "fine"}, "fine"),
@@ -63,3 +64,14 @@ def test_median_and_spread():
     assert record(secs=(3.0, 1.0, 2.0)).median_secs == 2.0
     assert record(secs=(3.0, 1.0)).spread_secs == 2.0
     assert record(secs=tuple(float(i) for i in range(1, 8))).spread_secs == pytest.approx(4.0)
+
+
+def test_a_record_of_schema_1_keeps_its_workload():
+    """Keys of schema 1 hold every field; today's leave out defaults."""
+    fields = record().to_json()
+    old = {"dtype": "float32", "features": 64, "op": "softmax", "rows": 8}
+    read = TuningRecord.from_json({**fields, "workload": json.dumps(old, separators=(",", ":")), "schema": 1})
+    assert read.workload == Softmax(8, 64).key()
+    assert read.to_json()["schema"] == 2
+    unknown = '{"op":"convolution","rows":1}'
+    assert TuningRecord.from_json({**fields, "workload": unknown, "schema": 1}).workload == unknown

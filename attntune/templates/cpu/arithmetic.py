@@ -1,0 +1,117 @@
+"""How a register tile multiplies: float32 by multiply-adds, bfloat16 by pairs, int8 by quadruples.
+
+Each reads ``group`` consecutive values of a row of x as one scalar, spread over the lanes, and a vector of the weight's
+panel that holds the same ``group`` values for each of ``lanes`` columns.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import numpy as np
+
+from attntune.ops.linear import Linear
+from attntune.target import Target
+from attntune.templates.cpu import bf16
+
+#: Added to an int8 weight to make it the unsigned operand of ``vpdpbusd``; the kernel subtracts what it adds to a sum.
+INT8_OFFSET = 128
+
+
+class Arithmetic(ABC):
+    """One way to multiply; stateless."""
+
+    group: ClassVar[int]
+    """Reduction steps that one instruction takes."""
+    word: ClassVar[str]
+    """Dtype of a group, in panels and in x."""
+    accumulator: ClassVar[str]
+    """Dtype of a sum."""
+    bits: ClassVar[int]
+    """Of one element of the weight."""
+
+    @abstractmethod
+    def supports(self, w: Linear, target: Target) -> bool:
+        """Whether it computes this workload with the instructions ``target`` has."""
+
+    @abstractmethod
+    def multiply_add(self, acc: Any, x: Any, weight: Any) -> Any:
+        """``acc + Σ x · weight`` over a group, lane by lane."""
+
+    def pack(self, panels: np.ndarray) -> np.ndarray:
+        """Panels (panels, lanes, in_features) → (panels, in_features/group, lanes·group), in the kernel's dtype.
+
+        in_features must be a multiple of ``group``.
+        """
+        count, lanes, width = panels.shape
+        grouped = panels.reshape(count, lanes, width // self.group, self.group).transpose(0, 2, 1, 3)
+        return np.ascontiguousarray(grouped).reshape(count, width // self.group, lanes * self.group)
+
+
+class Float32(Arithmetic):
+    """Fused multiply-adds."""
+
+    group = 1
+    word = "float32"
+    accumulator = "float32"
+    bits = 32
+
+    def supports(self, w: Linear, target: Target) -> bool:
+        """See :class:`Arithmetic`."""
+        return w.dtype == "float32" and not w.quantized
+
+    def multiply_add(self, acc: Any, x: Any, weight: Any) -> Any:
+        """See :class:`Arithmetic`."""
+        return acc + x * weight
+
+
+class Bfloat16(Arithmetic):
+    """``vdpbf16ps``: pairs of bfloat16, float32 sums."""
+
+    group = 2
+    word = "int32"
+    accumulator = "float32"
+    bits = 16
+
+    def supports(self, w: Linear, target: Target) -> bool:
+        """See :class:`Arithmetic`."""
+        return w.dtype == "bfloat16" and not w.quantized and w.in_features % 2 == 0 and bf16.available(target)
+
+    def multiply_add(self, acc: Any, x: Any, weight: Any) -> Any:
+        """See :class:`Arithmetic`."""
+        return bf16.dot(acc, x, weight)
+
+
+class Int8(Arithmetic):
+    """``vpdpbusd``: quadruples of unsigned weights (int8 + 128) and signed x, exact int32 sums."""
+
+    group = 4
+    word = "int32"
+    accumulator = "int32"
+    bits = 8
+
+    def supports(self, w: Linear, target: Target) -> bool:
+        """See :class:`Arithmetic`."""
+        wide = target.has("avx512vnni") and target.vector_bits == 512
+        return w.quantized and wide and (w.dtype == "float32" or bf16.available(target))
+
+    def multiply_add(self, acc: Any, x: Any, weight: Any) -> Any:
+        """See :class:`Arithmetic`."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        unsigned, signed = tirx.reinterpret("int8x64", weight), tirx.reinterpret("int8x64", x)
+        return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", acc, unsigned, signed)
+
+    def pack(self, panels: np.ndarray) -> np.ndarray:
+        """See :class:`Arithmetic`; values come out unsigned."""
+        return super().pack((panels.astype(np.int16) + INT8_OFFSET).astype(np.uint8))
+
+
+ARITHMETICS: tuple[Arithmetic, ...] = (Float32(), Bfloat16(), Int8())
+
+
+def arithmetic_for(w: Linear, target: Target) -> Arithmetic | None:
+    """The one that computes ``w``; None where the target lacks the instructions."""
+    return next((each for each in ARITHMETICS if each.supports(w, target)), None)

@@ -1,0 +1,325 @@
+"""The linear kernel, written out in TIR; see :mod:`attntune.templates.cpu.linear` for its loop nest and its knobs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from attntune.ops.linear import INT8_MAX, Linear
+from attntune.search.space import Config
+from attntune.target import Target
+from attntune.templates.cpu import bf16
+from attntune.templates.cpu.arithmetic import INT8_OFFSET, Arithmetic
+
+
+class LinearKernel:
+    """One linear kernel being written out, for any :class:`Arithmetic`.
+
+    A gated tile holds twice as many accumulators: a panel of the gate, and the same columns of what it multiplies.
+    """
+
+    def __init__(self, w: Linear, target: Target, config: Config, arithmetic: Arithmetic) -> None:
+        self.w = w
+        self.arithmetic = arithmetic
+        self.lanes = target.lanes("float32")
+        self.rows = config.integer("tile_rows")
+        self.vectors = config.integer("tile_vectors")
+        self.unroll = config.integer("k_unroll")
+        self.row_block = config.integer("row_block")
+        self.chains = config.integer("chains")
+        self.parts = 2 if w.gated else 1
+        self.panels = math.ceil(w.out_features / self.lanes)
+        self.steps = math.ceil(w.in_features / arithmetic.group)
+        self.narrow = w.out_features % self.lanes
+        # Unrolled over a whole tile, a polynomial's constants and temporaries push accumulators out of registers in the
+        # inner loop, at half the speed; so under an activation the tile goes through the first-level cache.
+        self.staged = w.activation not in ("", "relu") or bool(self.narrow)
+        self.vector = f"float32x{self.lanes}"
+        dtypes = {spec.dtype for spec in (*w.inputs(), *w.outputs())}
+        self.imports = dict(bf16.IMPORT) if "bfloat16" in dtypes else {}
+
+    def function(self) -> Any:
+        """``main(x, weight, …, y)``, constant operands packed as the template says."""
+        from tvm.script.ir_builder import IRBuilder
+        from tvm.tirx.script.builder import ir as T
+
+        w, lanes, group = self.w, self.lanes, self.arithmetic.group
+        columns = self.panels * self.parts * lanes
+        with IRBuilder() as builder, T.prim_func(s_tir=True):
+            T.func_name("main")
+            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+            shapes = {spec.name: (spec.shape, spec.dtype) for spec in (*w.inputs(), *w.outputs())}
+            stored = {"int8": "uint8"}.get(w.weight_dtype, w.dtype)
+            shapes["weight"] = ((self.panels * self.parts, self.steps, lanes * group), stored)
+            for name in {"bias", "scale"} & set(shapes):
+                shapes[name] = ((columns,), "float32")
+            operand = {name: T.arg(name, T.buffer(*shape)) for name, shape in shapes.items()}
+            with T.sblock("root"):
+                self._views(operand)
+                if w.quantized:
+                    self._quantize(operand["x"])
+                self._tiles()
+        return builder.get()
+
+    def _views(self, operand: dict[str, Any]) -> None:
+        """Every operand as the dtype it is read or written in; see :mod:`attntune.templates.cpu.bf16`."""
+        from tvm.tirx.script.builder import ir as T
+
+        w, word = self.w, self.arithmetic.word
+        self.operand = dict(operand)
+        for name in {"residual", "y"} & set(operand):
+            if operand[name].dtype == "bfloat16":
+                self.operand[name] = bf16.view(operand[name], "uint16")
+        if word == "int32":
+            shape = (self.panels * self.parts, self.steps, self.lanes)
+            self.operand["weight"] = T.decl_buffer(shape, word, data=operand["weight"].data)
+        if w.quantized:
+            width = self.steps * self.arithmetic.group
+            self.bytes = T.sblock_alloc_buffer((w.rows, width), "int8")
+            self.step = T.sblock_alloc_buffer((w.rows,), "float32")
+            self.start = T.sblock_alloc_buffer((w.rows,), "int32")
+            self.operand["x"] = T.decl_buffer((w.rows, self.steps), word, data=self.bytes.data)
+        elif w.dtype == "bfloat16":
+            self.operand["x"] = bf16.view(operand["x"], "int32")
+
+    # -- quantisation --------------------------------------------------------------------------------------------------
+
+    def _quantize(self, x: Any) -> None:
+        """Every row of x as int8, what a unit of it is worth, and what its sums start from."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        w, lanes = self.w, self.lanes
+        source = bf16.view(x, "uint16") if w.dtype == "bfloat16" else x
+        whole, left = divmod(w.in_features, lanes)
+
+        def vector(i: Any, k: Any) -> Any:
+            if w.dtype == "bfloat16":
+                return bf16.from_bits(source.vload([i, k], dtype=f"uint16x{lanes}"), lanes)
+            return source.vload([i, k], dtype=self.vector)
+
+        def scalar(i: Any, k: Any) -> Any:
+            return bf16.from_bits(source[i, k]) if w.dtype == "bfloat16" else source[i, k]
+
+        loop = T.parallel(w.rows, annotations=self.imports) if w.rows > 1 else T.serial(1)
+        with loop as i, T.sblock("quantize"):
+            T.reads()
+            T.writes()
+            top = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+            total = T.sblock_alloc_buffer((lanes,), "int32", scope="local")
+            best = T.sblock_alloc_buffer((1,), "float32", scope="local")
+            count = T.sblock_alloc_buffer((1,), "int32", scope="local")
+            self._store(top, [0], self._splat(0.0))
+            with T.serial(whole) as k:
+                self._store(top, [0], T.max(self._load(top, [0]), tirx.abs(vector(i, k * lanes))))
+            T.buffer_store(best, tirx.const(1e-30, "float32"), [0])
+            for lane in range(lanes):
+                T.buffer_store(best, T.max(best[0], top[lane]), [0])
+            with T.serial(left) as k:
+                T.buffer_store(best, T.max(best[0], tirx.abs(scalar(i, whole * lanes + k))), [0])
+            factor = tirx.const(float(INT8_MAX), "float32") / best[0]
+            self._store(total, [0], tirx.Broadcast(tirx.const(0, "int32"), lanes))
+            with T.serial(whole) as k:
+                rounded = tirx.Cast(f"int32x{lanes}", tirx.nearbyint(vector(i, k * lanes) * self._broadcast(factor)))
+                self._store(total, [0], total.vload([0], dtype=f"int32x{lanes}") + rounded)
+                self._store(self.bytes, [i, k * lanes], tirx.Cast(f"int8x{lanes}", rounded))
+            T.buffer_store(count, tirx.const(0, "int32"), [0])
+            for lane in range(lanes):
+                T.buffer_store(count, count[0] + total[lane], [0])
+            with T.serial(left) as k:
+                rounded = tirx.Cast("int32", tirx.nearbyint(scalar(i, whole * lanes + k) * factor))
+                T.buffer_store(count, count[0] + rounded, [0])
+                T.buffer_store(self.bytes, tirx.Cast("int8", rounded), [i, whole * lanes + k])
+            for k in range(w.in_features, self.steps * self.arithmetic.group):
+                T.buffer_store(self.bytes, tirx.const(0, "int8"), [i, k])
+            T.buffer_store(self.start, count[0] * tirx.const(-INT8_OFFSET, "int32"), [i])
+            T.buffer_store(self.step, best[0] * tirx.const(1.0 / INT8_MAX, "float32"), [i])
+
+    # -- tiles ---------------------------------------------------------------------------------------------------------
+
+    def _tiles(self) -> None:
+        """All row blocks and columns of tiles, in parallel; the last of either may be smaller."""
+        from tvm.tirx.script.builder import ir as T
+
+        height = self.row_block or self.w.rows
+        blocks, last_height = divmod(self.w.rows, height)
+        columns, last_vectors = divmod(self.panels, self.vectors)
+        in_block = columns + bool(last_vectors)
+        tasks = (blocks + bool(last_height)) * in_block
+        with T.parallel(tasks, annotations=self.imports) as task, T.sblock("column"):
+            T.reads()
+            T.writes()
+            block, column = task // in_block, task % in_block
+
+            def in_column(vectors: int) -> None:
+                first_row, first_panel = block * height, column * self.vectors
+                _either(block, blocks, last_height, lambda: self._column(first_row, height, first_panel, vectors),
+                        lambda: self._column(first_row, last_height, first_panel, vectors))  # fmt: skip
+
+            _either(column, columns, last_vectors, lambda: in_column(self.vectors), lambda: in_column(last_vectors))
+
+    def _column(self, first_row: Any, rows: int, panel: Any, vectors: int) -> None:
+        from tvm.tirx.script.builder import ir as T
+
+        tiles, tail = divmod(rows, self.rows)
+        if tiles:
+            with T.serial(tiles) as t:
+                self._tile(first_row + t * self.rows, self.rows, panel, vectors)
+        if tail:
+            self._tile(first_row + tiles * self.rows, tail, panel, vectors)
+
+    def _tile(self, row: Any, rows: int, panel: Any, vectors: int) -> None:
+        """``rows`` × ``vectors`` accumulators, in ``chains`` copies that hide the latency of an addition."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        wide, chains = vectors * self.parts, self.chains
+        x, weight, kind = self.operand["x"], self.operand["weight"], self.arithmetic.accumulator
+        acc = T.sblock_alloc_buffer((chains, rows, wide, self.lanes), kind, scope="local")
+        zero = tirx.Broadcast(tirx.const(0, kind), self.lanes)
+        each = [(a, v) for a in range(rows) for v in range(wide)]
+
+        def held(c: int, a: int, v: int) -> Any:
+            return acc.vload([c, a, v, 0], dtype=f"{kind}x{self.lanes}")
+
+        for c in range(chains):
+            for a, v in each:
+                first = self._broadcast(self.start[row + a]) if self.w.quantized and c == 0 else zero
+                self._store(acc, [c, a, v, 0], first)
+
+        def step(k: Any, c: int) -> None:
+            panels = [weight.vload([panel * self.parts + v, k, 0], dtype=f"{self.arithmetic.word}x{self.lanes}")
+                      for v in range(wide)]  # fmt: skip
+            for a, v in each:
+                spread = self._broadcast(x[row + a, k])
+                self._store(acc, [c, a, v, 0], self.arithmetic.multiply_add(held(c, a, v), spread, panels[v]))
+
+        unroll = self.unroll * chains
+        whole, left = divmod(self.steps, unroll)
+        if whole:
+            with T.serial(whole) as k:
+                for u in range(unroll):
+                    step(k * unroll + u, u % chains)
+        for u in range(left):
+            step(whole * unroll + u, u % chains)
+        for c in range(1, chains):
+            for a, v in each:
+                self._store(acc, [0, a, v, 0], held(0, a, v) + held(c, a, v))
+        (self._through_memory if self.staged else self._from_registers)(held, row, rows, panel, vectors)
+
+    # -- epilogue ------------------------------------------------------------------------------------------------------
+
+    def _value(self, held: Any, row: Any, a: int, panel: Any, v: int) -> Any:
+        """A vector of sums as float32, with its bias; ``v`` counts the panels of both parts."""
+        at = (panel * self.parts + v) * self.lanes
+        value = held(0, a, v)
+        if self.w.quantized:
+            from tvm import tirx
+
+            scale = self._load(self.operand["scale"], [at])
+            value = tirx.Cast(self.vector, value) * (scale * self._broadcast(self.step[row + a]))
+        return value + self._load(self.operand["bias"], [at]) if self.w.bias else value
+
+    def _from_registers(self, held: Any, row: Any, rows: int, panel: Any, vectors: int) -> None:
+        from tvm.tirx.script.builder import ir as T
+
+        for a in range(rows):
+            for v in range(vectors):
+                value = self._value(held, row, a, panel, v * self.parts)
+                if self.w.activation:
+                    value = T.max(value, self._splat(0.0))
+                if self.w.gated:
+                    value = value * self._value(held, row, a, panel, v * 2 + 1)
+                self._write(row + a, (panel + v) * self.lanes, value)
+
+    def _through_memory(self, held: Any, row: Any, rows: int, panel: Any, vectors: int) -> None:
+        from tvm.tirx.script.builder import ir as T
+
+        from attntune.ops import math as tmath
+
+        w, lanes = self.w, self.lanes
+        stage = T.sblock_alloc_buffer((rows, vectors * self.parts, lanes), "float32")
+        for a in range(rows):
+            for v in range(vectors * self.parts):
+                self._store(stage, [a, v, 0], self._value(held, row, a, panel, v))
+        with T.serial(rows) as a, T.unroll(vectors) as v:
+            at = v * self.parts
+            if w.activation:
+                with T.vectorized(lanes) as lane:
+                    T.buffer_store(stage, getattr(tmath, w.activation)(stage[a, at, lane]), [a, at, lane])
+            value = self._load(stage, [a, at, 0])
+            if w.gated:
+                value = value * self._load(stage, [a, at + 1, 0])
+            if not self.narrow:
+                self._write(row + a, (panel + v) * lanes, value)
+                return
+            with T.If(panel + v < self.panels - 1):
+                with T.Then():
+                    self._write(row + a, (panel + v) * lanes, value)
+                with T.Else():
+                    self._store(stage, [a, at, 0], value)
+                    with T.serial(self.narrow) as lane:
+                        self._write_one(row + a, (panel + v) * lanes + lane, stage[a, at, lane])
+
+    def _write(self, i: Any, column: Any, value: Any) -> None:
+        """One vector of y."""
+        y = self.operand["y"]
+        if self.w.residual:
+            residual = self.operand["residual"]
+            if residual.dtype == "uint16":
+                value = value + bf16.from_bits(residual.vload([i, column], dtype=f"uint16x{self.lanes}"), self.lanes)
+            else:
+                value = value + self._load(residual, [i, column])
+        self._store(y, [i, column], bf16.round_to_bits(value) if y.dtype == "uint16" else value)
+
+    def _write_one(self, i: Any, column: Any, value: Any) -> None:
+        """One element of y, of the last panel's few."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        y = self.operand["y"]
+        if self.w.residual:
+            residual = self.operand["residual"][i, column]
+            value = value + (bf16.from_bits(residual) if residual.ty.dtype == "uint16" else residual)
+        if y.dtype == "uint16":
+            bits = T.sblock_alloc_buffer((self.lanes,), "uint16", scope="local")
+            self._store(bits, [0], bf16.round_to_bits(tirx.Broadcast(value, self.lanes)))
+            value = bits[0]
+        T.buffer_store(y, value, [i, column])
+
+    # -- vectors -------------------------------------------------------------------------------------------------------
+
+    def _load(self, buffer: Any, at: list[Any]) -> Any:
+        return buffer.vload(at, dtype=self.vector)
+
+    def _store(self, buffer: Any, at: list[Any], value: Any) -> None:
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        T.buffer_store(buffer, value, [*at[:-1], tirx.Ramp(at[-1], 1, self.lanes)])
+
+    def _broadcast(self, value: Any) -> Any:
+        from tvm import tirx
+
+        return tirx.Broadcast(value, self.lanes)
+
+    def _splat(self, value: float) -> Any:
+        from tvm import tirx
+
+        return tirx.Broadcast(tirx.const(value, "float32"), self.lanes)
+
+
+def _either(index: Any, whole: int, last: int, body: Any, tail: Any) -> None:
+    """``body`` for every index below ``whole``, ``tail`` for the one after them, if ``last`` says there is one."""
+    from tvm.tirx.script.builder import ir as T
+
+    if not last:
+        body()
+    elif not whole:
+        tail()
+    else:
+        with T.If(index < whole):
+            with T.Then():
+                body()
+            with T.Else():
+                tail()
