@@ -15,6 +15,7 @@ import numpy as np
 
 from attntune.errors import CompileError
 from attntune.models.model import Model, bind
+from attntune.models.precision import at_precision, supported
 from attntune.ops import TensorSpec, Workload
 from attntune.runtime.artifact import LIBRARY, WEIGHTS, Artifact, seal, write_weights
 from attntune.target import Target
@@ -60,6 +61,7 @@ def compile(
     database: Any = None,
     shapes: Sequence[Shape | tuple[int, int]] | None = None,
     entries: Sequence[str] | None = None,
+    precision: str = "float32",
     on_progress: Callable[[str], None] | None = None,
 ) -> Artifact:
     """Compile a model with the best schedules known.
@@ -71,6 +73,8 @@ def compile(
             after it, and analytic defaults where nothing is known.
         shapes: the (batch, seq) buckets to compile; by default batches 1, 2, 4 and 8 by lengths up to the model's.
         entries: entry points to compile; all by default.
+        precision: ``float32``, ``bfloat16`` or ``int8``, see :func:`attntune.models.precision.at_precision`; inputs
+            and outputs stay what they are. A target without the instructions gets float32, and ``on_progress`` is told.
         on_progress: called with a line at each stage.
 
     Raises:
@@ -79,8 +83,12 @@ def compile(
     target = Target.parse(target)
     if target.kind != "cpu":
         raise CompileError(f"expected a CPU target, got {target.name}: whole models do not compile for CUDA yet")
-    buckets = _shapes(model, shapes)
     say = on_progress or (lambda line: None)
+    precision, reason = supported(precision, target)
+    if reason:
+        say(reason)
+    model = at_precision(model, precision)
+    buckets = _shapes(model, shapes)
     chosen = tuple(entries or model.entries)
     kernels = _choose(model, target, database, buckets, chosen)
     say(f"{len(kernels)} kernels for {len(buckets)} shapes on {target.key()}")
@@ -307,6 +315,7 @@ def _manifest(
     return {
         "name": model.name,
         "family": model.family,
+        "precision": model.precision,
         "attntune": __version__,
         "versions": versions(),
         "target": target.to_json(),

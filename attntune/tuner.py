@@ -54,6 +54,7 @@ def tune(
     seed: int = 0,
     shapes: Sequence[Mapping[str, int]] | None = None,
     cache: str = "hot",
+    precision: str = "float32",
     runner: Runner | None = None,
     peaks: Mapping[str, Any] | None = None,
     on_event: OnEvent | None = None,
@@ -76,6 +77,7 @@ def tune(
         seed: of the search and of the operands.
         shapes: values of a model's symbolic dimensions, e.g. ``[{"batch": 1, "seq": 128}]``; models only.
         cache: ``hot`` or ``cold``; of the runner that is made here.
+        precision: of a model, as :func:`attntune.compile` takes it.
         runner: where trials run; by default this machine. One that is given stays open, except after an interrupt.
         peaks: limits of the machine as :func:`attntune.measure.machine.measure_peaks` gives them; by default those
             remembered from an earlier measurement, if any.
@@ -96,6 +98,8 @@ def tune(
             raise TuningError(f"expected {name} to be positive, got {budget!r}")
     make = searcher_named(searcher) if isinstance(searcher, str) else searcher
     where = Target.parse(target)
+    if precision != "float32":
+        model = _at_precision(model, precision, where)
     calls = _workloads(model, shapes)
     journal = Journal(Path(database))
     known = journal.load()
@@ -294,6 +298,17 @@ class _Session:
         seconds_left = None if self.seconds is None else max(0.0, self.deadline - monotonic())
         state = task.state(self.scheduler.finished(task.key))
         self.on_event(TrialDone(record, state, self.measured, left, seconds_left))
+
+
+def _at_precision(model: Any, precision: str, target: Target) -> Any:
+    from attntune.models.precision import at_precision, supported
+
+    if not hasattr(model, "workloads"):
+        raise TuningError("expected a precision only with a model: a workload's dtypes are fixed")
+    found, reason = supported(precision, target)
+    if reason:
+        raise TuningError(f"cannot tune at {precision}: {reason.partition(':')[0]}")
+    return at_precision(model, found)
 
 
 def _workloads(model: Any, shapes: Sequence[Mapping[str, int]] | None) -> dict[Workload, tuple[int, str]]:

@@ -11,6 +11,7 @@ import typer
 from attntune.cli.common import (
     DatabaseOption,
     OptionalShapes,
+    PrecisionOption,
     Reply,
     TargetOption,
     existing,
@@ -32,6 +33,7 @@ def compile(
     database: DatabaseOption = None,
     target: TargetOption = "native",
     shapes: OptionalShapes = None,
+    precision: PrecisionOption = "float32",
 ) -> Reply:
     """Compile a model with the best schedules known into an artifact; without --shapes for a grid of shapes."""
     import attntune
@@ -40,7 +42,9 @@ def compile(
     if database is not None:
         existing(database, "a tuning database", DatabaseError)
     loaded = load_model(model)
-    artifact = attntune.compile(loaded, target=target, database=database, shapes=sizes, on_progress=note)
+    artifact = attntune.compile(
+        loaded, target=target, database=database, shapes=sizes, precision=precision, on_progress=note
+    )
     path = artifact.save(output)
     size = sum(file.stat().st_size for file in path.iterdir())
     sources = Counter(kernel["source"] for kernel in artifact.kernels)
@@ -48,6 +52,7 @@ def compile(
         "path": str(path),
         "bytes": size,
         "target": artifact.manifest["target"],
+        "precision": artifact.manifest["precision"],
         "sources": dict(sources),
         "kernels": artifact.kernels,
         "shapes": [bucket["dims"] for bucket in artifact.manifest["buckets"]],

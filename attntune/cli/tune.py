@@ -12,6 +12,7 @@ import typer
 from attntune.cli.common import (
     DatabaseOption,
     OptionalShapes,
+    PrecisionOption,
     Reply,
     TargetOption,
     load_model,
@@ -39,6 +40,7 @@ def tune(
     searcher: Annotated[str, typer.Option(help="grid, random or evolutionary.")] = "evolutionary",
     seed: Annotated[int, typer.Option(help="Of the searcher and of the operands.")] = 0,
     shapes: OptionalShapes = None,
+    precision: PrecisionOption = "float32",
     cold: Annotated[bool, typer.Option("--cold", help="Flush the caches before each timed call.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the summary goes, as JSON.")] = None,
 ) -> Reply:
@@ -47,7 +49,7 @@ def tune(
 
     database = database or _DATABASE
     subject = subject_of(what, shapes)
-    again = resume_command(what, target, seconds, trials, database, searcher, seed, shapes, cold, output)
+    again = resume_command(what, target, seconds, trials, database, searcher, seed, shapes, cold, output, precision)
     try:
         with Progress() as progress:
             summary = attntune.tune(
@@ -60,6 +62,7 @@ def tune(
                 seed=seed,
                 shapes=None if shapes is None else parse_shapes(shapes),
                 cache="cold" if cold else "hot",
+                precision=precision,
                 on_event=progress,
             )
     except KeyboardInterrupt:
@@ -93,6 +96,7 @@ def subject_of(what: Sequence[str], shapes: str | None) -> Any:
 def resume_command(
     what: Sequence[str], target: str, seconds: float | None, trials: int | None, database: Path, searcher: str,
     seed: int, shapes: str | None, cold: bool, output: Path | None,
+    precision: str = "float32",
 ) -> str:  # fmt: skip
     """The command that goes on where this run stopped."""
     options = {
@@ -104,6 +108,7 @@ def resume_command(
         "--seed": seed or None,
         "--shapes": shapes,
         "--output": output,
+        "--precision": precision if precision != "float32" else None,
     }
     words = ["attntune", "tune", *what]
     for option, value in options.items():

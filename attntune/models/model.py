@@ -14,6 +14,7 @@ import numpy as np
 
 from attntune.errors import ModelError
 from attntune.models.operators import PREFIX
+from attntune.models.precision import retyped
 from attntune.ops import TensorSpec, Workload, operator
 
 Dim = int | str
@@ -86,6 +87,8 @@ class Model:
     """Largest value of a symbolic dimension, e.g. the number of position embeddings."""
     directory: Path | None = None
     """Where it was read from, and where its tokenizer is."""
+    precision: str = "float32"
+    """What it computes in; see :mod:`attntune.models.precision`."""
 
     def entry(self, name: str) -> Entry:
         """The entry point called ``name``; raises :class:`ModelError` naming those there are."""
@@ -123,7 +126,10 @@ class Model:
         if entry not in cache:
             module, names = self._exported
             outputs = [spec.name for spec in self.entries[entry].outputs]
-            cache[entry] = _raise_calls(module[entry], [s.name for s in self.entries[entry].inputs] + names, outputs)
+            calls = _raise_calls(module[entry], [s.name for s in self.entries[entry].inputs] + names, outputs)
+            cache[entry] = (
+                calls if self.precision == "float32" else retyped(calls, self.precision, outputs, self.weights)
+            )
         return cache[entry]
 
     def weight_names(self, entry: str = "forward") -> tuple[str, ...]:

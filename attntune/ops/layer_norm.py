@@ -32,10 +32,13 @@ class LayerNorm(Workload):
     eps: float = 1e-12
     residual: bool = False
     dtype: str = "float32"
+    out_dtype: str = ""
+    """Of y; ``""`` means ``dtype``."""
 
     def __post_init__(self) -> None:
         positive(self.op, rows=self.rows, features=self.features)
         one_of(self.op, "dtype", self.dtype, FLOAT_DTYPES)
+        one_of(self.op, "out_dtype", self.out_dtype, ("", *FLOAT_DTYPES))
         require(self.eps > 0, f"layer_norm: expected eps > 0, got {self.eps!r}")
 
     @classmethod
@@ -52,6 +55,7 @@ class LayerNorm(Workload):
             eps=float(attrs["eps"]),
             residual=bool(attrs.get("residual", False)),
             dtype=x.dtype,
+            out_dtype=str(attrs.get("out_dtype", "")),
         )
 
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -62,7 +66,7 @@ class LayerNorm(Workload):
 
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Y (rows, features)."""
-        return (TensorSpec("y", (self.rows, self.features), self.dtype),)
+        return (TensorSpec("y", (self.rows, self.features), self.out_dtype or self.dtype),)
 
     def compute(self) -> list[Any]:
         """The definition with plain reductions."""
@@ -83,7 +87,7 @@ class LayerNorm(Workload):
             ),
             name="row",
         )
-        return [*operands, normalized(row, operands[-2], operands[-1], self.eps, self.dtype, reduction)]
+        return [*operands, normalized(row, operands[-2], operands[-1], self.eps, self.outputs()[0].dtype, reduction)]
 
     def reference(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """Float64 NumPy."""

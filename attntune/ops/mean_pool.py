@@ -34,10 +34,13 @@ class MeanPool(Workload):
     normalize: bool = True
     eps: float = 1e-9
     dtype: str = "float32"
+    out_dtype: str = ""
+    """Of y; ``""`` means ``dtype``."""
 
     def __post_init__(self) -> None:
         positive(self.op, batch=self.batch, seq=self.seq, features=self.features)
         one_of(self.op, "dtype", self.dtype, FLOAT_DTYPES)
+        one_of(self.op, "out_dtype", self.out_dtype, ("", *FLOAT_DTYPES))
         require(self.eps > 0, f"mean_pool: expected eps > 0, got {self.eps!r}")
 
     @classmethod
@@ -47,8 +50,9 @@ class MeanPool(Workload):
         require(x.shape[:2] == mask.shape, f"mean_pool: expected mask {x.shape[:2]} for x {x.shape}, got {mask.shape}")
         batch, seq, features = x.shape
         return cls(
-            batch, seq, features, bool(attrs.get("normalize", True)), float(attrs.get("eps", cls.eps)), dtype=x.dtype
-        )
+            batch, seq, features, bool(attrs.get("normalize", True)), float(attrs.get("eps", cls.eps)), dtype=x.dtype,
+            out_dtype=str(attrs.get("out_dtype", "")),
+        )  # fmt: skip
 
     def inputs(self) -> tuple[TensorSpec, ...]:
         """X and mask."""
@@ -59,7 +63,7 @@ class MeanPool(Workload):
 
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Y (batch, features)."""
-        return (TensorSpec("y", (self.batch, self.features), self.dtype),)
+        return (TensorSpec("y", (self.batch, self.features), self.out_dtype or self.dtype),)
 
     def compute(self) -> list[Any]:
         """The definition with plain reductions."""
@@ -91,12 +95,16 @@ class MeanPool(Workload):
         share = te.compute((self.batch,), lambda b: f32(1.0) / te.max(count[b], f32(self.eps)), name="share")
         mean = te.compute(shape, lambda b, f: total[b, f] * share[b], name="mean")
         if not self.normalize:
-            return [x, mask, te.compute(shape, lambda b, f: mean[b, f].astype(self.dtype), name="y")]
+            return [x, mask, te.compute(shape, lambda b, f: mean[b, f].astype(self.outputs()[0].dtype), name="y")]
         squares = reduction.sum("squares", (self.batch,), self.features, lambda i, k: mean[(*i, k)] * mean[(*i, k)])
         scale = te.compute(
             (self.batch,), lambda b: f32(1.0) / te.max(tirx.sqrt(squares[b]), f32(NORM_FLOOR)), name="scale"
         )
-        return [x, mask, te.compute(shape, lambda b, f: (mean[b, f] * scale[b]).astype(self.dtype), name="y")]
+        return [
+            x,
+            mask,
+            te.compute(shape, lambda b, f: (mean[b, f] * scale[b]).astype(self.outputs()[0].dtype), name="y"),
+        ]
 
     def reference(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """Float64 NumPy."""

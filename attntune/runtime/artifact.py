@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from attntune.errors import ArtifactError
+from attntune.measure.buffers import numpy_dtype
 from attntune.target import Target, host_features, host_triple
 
 FORMAT = 1
@@ -80,7 +81,7 @@ def map_weights(path: Path, index: Mapping[str, Mapping[str, Any]]) -> dict[str,
     raw = np.memmap(path, np.uint8, mode="c")
     arrays = {}
     for name, entry in index.items():
-        dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
+        dtype, shape = numpy_dtype(entry["dtype"]), tuple(entry["shape"])
         size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         arrays[name] = np.asarray(raw[entry["offset"] : entry["offset"] + size]).view(dtype).reshape(shape)
     return arrays

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, TypeVar, cast
 
-from attntune.measure.threads import load_runtime, pin_pool
+from attntune.measure.buffers import as_tensor
+from attntune.measure.threads import pin_pool
 
 T = TypeVar("T")
 
@@ -77,5 +78,4 @@ if hasattr(os, "register_at_fork"):
 
 def device_tensors(arrays: Sequence[Any]) -> list[Any]:
     """TVM tensors over the memory of NumPy arrays or torch tensors (DLPack; no copies)."""
-    tvm_ffi = load_runtime()
-    return [tvm_ffi.from_dlpack(array) for array in arrays]
+    return [as_tensor(array) for array in arrays]

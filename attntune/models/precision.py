@@ -1,0 +1,110 @@
+"""A float32 model at a lower precision: its operator calls retyped, its weights converted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from attntune.errors import ModelError
+from attntune.ops.linear import quantize_weight
+from attntune.ops.workload import as_dtype
+from attntune.target import Target
+
+if TYPE_CHECKING:
+    from attntune.models.model import Model, OpCall
+
+PRECISIONS = ("float32", "bfloat16", "int8")
+
+#: Operators that can write float32 from bfloat16 operands, as a model's outputs are.
+_WIDENING = ("layer_norm", "linear", "mean_pool")
+_SCALE = ":scale"
+
+
+def supported(precision: str, target: Target) -> tuple[str, str]:
+    """The precision that ``target`` can run in place of the one asked for, and why (empty when it is that one).
+
+    bfloat16 needs AVX512-BF16; int8 needs that and AVX512-VNNI, for everything but its linear layers is bfloat16.
+
+    Raises:
+        ModelError: the precision is unknown.
+    """
+    if precision not in PRECISIONS:
+        raise ModelError(f"unknown precision {precision!r}; expected one of {PRECISIONS}")
+    needed = {"float32": (), "bfloat16": ("avx512bf16",), "int8": ("avx512bf16", "avx512vnni")}[precision]
+    missing = [feature for feature in needed if not target.has(feature)]
+    if missing or (needed and target.vector_bits < 512):
+        return (
+            "float32",
+            f"{target.name} lacks {', '.join(missing or ['512-bit vectors'])}: float32 instead of {precision}",
+        )
+    return precision, ""
+
+
+def at_precision(model: Model, precision: str) -> Model:
+    """``model`` with the same entries, inputs and float32 outputs, computed at ``precision``.
+
+    ``bfloat16``: weights and what operators hand on are bfloat16; sums, softmax and normalisation stay float32.
+    ``int8``: the same, and weights of linear layers are int8 with one scale an output feature, multiplied with
+    activations that the kernels quantise row by row.
+    """
+    if precision == model.precision:
+        return model
+    if model.precision != "float32":
+        raise ModelError(f"expected a float32 model to convert to {precision}, got one at {model.precision}")
+    if precision not in PRECISIONS:
+        raise ModelError(f"unknown precision {precision!r}; expected one of {PRECISIONS}")
+    return dataclasses.replace(model, precision=precision, weights=_weights(model, precision))
+
+
+def retyped(
+    calls: Sequence[OpCall], precision: str, outputs: Sequence[str], weights: Mapping[str, object]
+) -> tuple[OpCall, ...]:
+    """Operator calls of a float32 entry at ``precision``; those that make ``outputs`` still make float32.
+
+    Raises:
+        ModelError: naming an operator that makes an output and cannot write float32 from bfloat16.
+    """
+    read = {arg for call in calls for arg in call.args}
+    return tuple(_retyped(call, precision, call.result in outputs, call.result in read, weights) for call in calls)
+
+
+def _retyped(call: OpCall, precision: str, is_output: bool, is_read: bool, weights: Mapping[str, object]) -> OpCall:
+    if is_output and (call.op not in _WIDENING or is_read):
+        raise ModelError(
+            f"{precision}: expected output {call.result!r} to be made by one of {_WIDENING} and read by no other "
+            f"operator, got {call.op!r}"
+        )
+    dtypes = ["bfloat16" if dtype == "float32" else dtype for dtype in call.arg_dtypes]
+    args, shapes, attrs = list(call.args), list(call.arg_shapes), dict(call.attrs)
+    if _quantizes(call, precision, weights):
+        dtypes[1] = "int8"
+        args.insert(2, args[1] + _SCALE)
+        shapes.insert(2, shapes[1][:1])
+        dtypes.insert(2, "float32")
+    if is_output:
+        attrs["out_dtype"] = "float32"
+    result = call.result_dtype if is_output or call.result_dtype != "float32" else "bfloat16"
+    return dataclasses.replace(
+        call, args=tuple(args), arg_shapes=tuple(shapes), arg_dtypes=tuple(dtypes), attrs=attrs, result_dtype=result
+    )
+
+
+def _quantizes(call: OpCall, precision: str, weights: Mapping[str, object]) -> bool:
+    return precision == "int8" and call.op == "linear" and call.args[1] in weights
+
+
+def _weights(model: Model, precision: str) -> dict[str, np.ndarray]:
+    quantized = {
+        call.args[1] for entry in model.entries for call in model.calls(entry)
+        if _quantizes(call, precision, model.weights)
+    }  # fmt: skip
+    converted: dict[str, np.ndarray] = {}
+    for name, values in model.weights.items():
+        if name in quantized:
+            converted[name], converted[name + _SCALE] = quantize_weight(values)
+        else:
+            converted[name] = as_dtype(values, "bfloat16") if values.dtype == np.float32 else values
+    return converted
