@@ -1,13 +1,16 @@
-"""Scaled dot-product attention over (batch, seq, heads, head_dim), with no separate transposes.
+"""Scaled dot-product attention: layouts, masks, position biases, per-sequence lengths; no separate transposes.
 
-Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.2; grouped heads: Ainslie et al., "GQA" (2023).
+Sources: Vaswani et al., "Attention Is All You Need" (2017), section 3.2; grouped heads: Ainslie et al., "GQA" (2023);
+linear biases: Press et al., "ALiBi" (2022); sliding window: Jiang et al., "Mistral 7B" (2023); capped scores: Gemma 2.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,17 +22,45 @@ MASKED = -1.0e30
 #: Where the running maximum of a row starts: above MASKED, so that a wholly masked row sums to zero, not to its length.
 FLOOR = -1.0e29
 
+#: Fields that are left out of a key while they hold their default: records outlive the variants added after them.
+_LEFT_OUT = frozenset(
+    {"layout", "window", "softcap", "alibi", "bias_q", "lengths", "ragged", "score_mod", "weights"}
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Attention(Workload):
-    """``softmax(scale · Q Kᵀ + bias, masked) · V``.
+    """``softmax(scores, masked) · V``, where ``scores = cap(scale · Q Kᵀ) + bias + alibi``, then ``score_mod``.
 
-    Shapes, packed: qkv (batch, q_len, (heads + 2·kv_heads)·head_dim), all query heads, then keys, then values.
-    Otherwise: query (batch, q_len, heads·head_dim), key and value (batch, kv_len, kv_heads·head_dim).
-    Then mask (batch, kv_len) int64, nonzero where a key may be attended to, and bias (bias_batch, bias_heads, q_len,
-    kv_len), added to the scaled scores. Result: out (batch, q_len, heads·head_dim).
+    Operands, in order, with shapes by ``layout``:
 
-    ``causal`` lets query i see keys j <= i + causal_offset. A query that may see no key gives zeros.
+    ==========  =============================================  ==========================================
+    operand     ``"bshd"``                                     ``"bhsd"``
+    ==========  =============================================  ==========================================
+    qkv         (batch, q_len, (heads + 2·kv_heads)·head_dim)  not available
+    query       (batch, q_len, heads·head_dim)                 (batch, heads, q_len, head_dim)
+    key, value  (batch, kv_len, kv_heads·head_dim)             (batch, kv_heads, kv_len, head_dim)
+    out         (batch, q_len, heads·head_dim)                 (batch, heads, q_len, head_dim)
+    ==========  =============================================  ==========================================
+
+    qkv (``packed``: all query heads, then keys, then values) takes the place of query, key and value. Then, each only
+    if the variant has it: mask (batch, kv_len) int64, nonzero where a key may be attended to; bias (bias_batch,
+    bias_heads, bias_q, kv_len), -inf where a key may not be; slopes (heads,) float32 (``alibi``); lengths (batch,)
+    int32; offsets (batch + 1,) int32 (``ragged``).
+
+    Query i stands at position i + offset among the keys, where offset is ``causal_offset``, plus lengths[b] - q_len
+    with ``lengths="kv"``: the queries are then the last ones of their sequence. Positions matter to ``causal`` (query i
+    sees keys j <= i + offset), ``window`` (and only j > i + offset - window) and ``alibi`` (scores get
+    slopes[h] · (j - i - offset)).
+
+    ``lengths="kv"``: only the first lengths[b] keys exist, as in a cache that is being filled. ``lengths="qkv"``: also
+    only the first lengths[b] queries, as in a batch padded at the right; what follows them in the result is zero.
+    Neither is computed with. ``ragged``: no padding at all; ``batch`` sequences lie one after another in q_len rows, of
+    which sequence b has rows offsets[b] up to offsets[b + 1]; operands have no batch axis: query (q_len,
+    heads·head_dim), and so on. Rows past offsets[batch] give zeros.
+
+    A query that may see no key gives zeros. ``weights`` adds a second result, the softmax (batch, heads, q_len, kv_len)
+    in float32.
     """
 
     op: ClassVar[str] = "attention"
@@ -52,17 +83,41 @@ class Attention(Workload):
     scale: float | None = None
     """None means 1/√head_dim."""
     dtype: str = "float32"
+    layout: str = "bshd"
+    """``"bshd"``, or ``"bhsd"``: what PyTorch's scaled_dot_product_attention takes."""
+    window: int = 0
+    """How many keys a query sees, itself included; 0 means all up to it. With ``causal``."""
+    softcap: float = 0.0
+    """Scaled scores become cap · tanh(score / cap); 0 means no cap."""
+    alibi: bool = False
+    bias_q: int = 0
+    """0 means ``q_len``; 1: the same bias for every query."""
+    lengths: str = ""
+    """``""``, ``"kv"`` or ``"qkv"``."""
+    ragged: bool = False
+    score_mod: str = ""
+    """``module:function`` called with (score, b, h, i, j), natural-log units, giving the score to use before masking;
+    i and j count from the start of the sequence.
+
+    The function is called with scalar TE expressions; and with NumPy arrays, for the reference, unless it has an
+    attribute ``reference``, which is then called instead."""
+    weights: bool = False
 
     def __post_init__(self) -> None:
         if self.kv_heads == 0:
             object.__setattr__(self, "kv_heads", self.heads)
+        if self.bias_heads and self.bias_q == self.q_len:
+            object.__setattr__(self, "bias_q", 0)
         positive(
             self.op, batch=self.batch, heads=self.heads, kv_heads=self.kv_heads,
             q_len=self.q_len, kv_len=self.kv_len, head_dim=self.head_dim,
         )  # fmt: skip
         one_of(self.op, "dtype", self.dtype, FLOAT_DTYPES)
+        one_of(self.op, "layout", self.layout, ("bshd", "bhsd"))
+        one_of(self.op, "lengths", self.lengths, ("", "kv", "qkv"))
         one_of(self.op, "bias_batch", self.bias_batch, (0, 1, self.batch))
         one_of(self.op, "bias_heads", self.bias_heads, (0, 1, self.heads))
+        one_of(self.op, "bias_q", self.bias_q, (0, 1) if self.bias_heads else (0,))
         require(
             self.heads % self.kv_heads == 0,
             f"attention: expected heads ({self.heads}) to be a multiple of kv_heads ({self.kv_heads})",
@@ -71,29 +126,63 @@ class Attention(Workload):
             (self.bias_batch == 0) == (self.bias_heads == 0),
             "attention: expected bias_batch and bias_heads to be both zero or both set",
         )
+        for name, fused in (("packed", self.packed), ("ragged", self.ragged), ('lengths="qkv"', self.lengths == "qkv")):
+            require(
+                not fused or self.q_len == self.kv_len,
+                f"attention: expected {name} to have q_len == kv_len, got {self.q_len} and {self.kv_len}",
+            )
+        for name, fused in (("packed", self.packed), ("ragged", self.ragged)):
+            require(not fused or self.layout == "bshd", f"attention: expected {name} to have layout 'bshd'")
+        clashes = {
+            "mask": self.mask, "bias": bool(self.bias_heads), "lengths": bool(self.lengths), "weights": self.weights,
+            "causal_offset": bool(self.causal_offset),
+        }  # fmt: skip
         require(
-            not self.packed or self.q_len == self.kv_len,
-            f"attention: expected packed qkv to have q_len == kv_len, got {self.q_len} and {self.kv_len}",
+            not (self.ragged and any(clashes.values())),
+            f"attention: expected ragged without {', '.join(n for n, on in clashes.items() if on)}",
         )
+        require(
+            self.window >= 0 and (self.window == 0 or self.causal),
+            f"attention: expected window to be 0, or positive and with causal; got {self.window}",
+        )
+        require(
+            math.isfinite(self.softcap) and self.softcap >= 0.0,
+            f"attention: expected softcap to be 0 or a positive number, got {self.softcap}",
+        )
+        require(
+            not self.score_mod or len(self.score_mod.split(":")) == 2,
+            f"attention: expected score_mod as 'module:function', got {self.score_mod!r}",
+        )
+
+    def key(self) -> str:
+        """As every workload's; variants added later are named only where they are used."""
+        kept = json.loads(super().key())
+        defaults = {field.name: field.default for field in fields(self)}
+        kept = {n: v for n, v in kept.items() if n not in _LEFT_OUT or v != defaults[n]}
+        return json.dumps(kept, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_call(cls, attrs: Mapping[str, Any], args: Sequence[TensorSpec]) -> Attention:
-        """From a model's call: qkv, or query, key and value; then mask and bias as ``attrs`` say."""
-        packed = bool(attrs["packed"])
+        """From a model's call: the operands of the class, in its order, as ``attrs`` say which there are."""
+        packed, ragged = bool(attrs["packed"]), bool(attrs.get("ragged", False))
+        heads, kv_heads, head_dim = attrs["heads"], attrs["kv_heads"], attrs["head_dim"]
+        layout = attrs.get("layout", "bshd")
         first = args[0]
-        batch, q_len = first.shape[0], first.shape[1]
-        kv_len = q_len if packed else args[1].shape[1]
-        width = attrs["heads"] + 2 * attrs["kv_heads"] if packed else attrs["heads"]
-        require(
-            first.shape[2] == width * attrs["head_dim"],
-            f"attention: expected a last axis of {width * attrs['head_dim']}, got {first.shape}",
-        )
-        bias = args[-1].shape if attrs.get("bias") else (0, 0)
+        seq_axis = 2 if layout == "bhsd" else 0 if ragged else 1
+        width = head_dim if layout == "bhsd" else (heads + 2 * kv_heads if packed else heads) * head_dim
+        require(first.shape[-1] == width, f"attention: expected a last axis of {width}, got {first.shape}")
+        at = 1 if packed else 3
+        at += bool(attrs.get("mask"))
+        bias = args[at].shape if attrs.get("bias") else (0, 0, 0)
         return cls(
-            batch=batch, heads=attrs["heads"], kv_heads=attrs["kv_heads"], q_len=q_len, kv_len=kv_len,
-            head_dim=attrs["head_dim"], packed=packed, causal=bool(attrs.get("causal", False)),
-            mask=bool(attrs.get("mask", False)), bias_batch=bias[0], bias_heads=bias[1], scale=attrs.get("scale"),
-            dtype=first.dtype,
+            batch=args[-1].shape[0] - 1 if ragged else first.shape[0], heads=heads, kv_heads=kv_heads,
+            q_len=first.shape[seq_axis], kv_len=args[0 if packed else 1].shape[seq_axis], head_dim=head_dim,
+            packed=packed, causal=bool(attrs.get("causal", False)), causal_offset=attrs.get("causal_offset", 0),
+            mask=bool(attrs.get("mask", False)), bias_batch=bias[0], bias_heads=bias[1], bias_q=bias[2],
+            scale=attrs.get("scale"), dtype=first.dtype, layout=layout, window=attrs.get("window", 0),
+            softcap=attrs.get("softcap", 0.0), alibi=bool(attrs.get("alibi", False)),
+            lengths=attrs.get("lengths", ""), ragged=ragged, score_mod=attrs.get("score_mod", ""),
+            weights=bool(attrs.get("weights", False)),
         )  # fmt: skip
 
     @property
@@ -101,149 +190,141 @@ class Attention(Workload):
         """What scores are multiplied by."""
         return 1.0 / math.sqrt(self.head_dim) if self.scale is None else self.scale
 
+    def modification(self) -> Callable[..., Any]:
+        """The function that ``score_mod`` names."""
+        from importlib import import_module
+
+        module, name = self.score_mod.split(":")
+        try:
+            function = getattr(import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            require(False, f"attention: expected score_mod to name a function, got {self.score_mod!r} ({error})")
+        require(callable(function), f"attention: expected score_mod to name a function, got {function!r}")
+        return function  # type: ignore[no-any-return]
+
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """Qkv, or query, key and value; then mask and bias where the variant has them."""
-        q_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        """Qkv, or query, key and value; then mask, bias, slopes, lengths and offsets where the variant has them."""
         if self.packed:
-            specs = [TensorSpec("qkv", (self.batch, self.q_len, q_width + 2 * kv_width), self.dtype)]
+            width = (self.heads + 2 * self.kv_heads) * self.head_dim
+            specs = [TensorSpec("qkv", self._rows(self.q_len, width), self.dtype)]
         else:
             specs = [
-                TensorSpec("query", (self.batch, self.q_len, q_width), self.dtype),
-                TensorSpec("key", (self.batch, self.kv_len, kv_width), self.dtype),
-                TensorSpec("value", (self.batch, self.kv_len, kv_width), self.dtype),
+                TensorSpec(name, self._shape(heads, length), self.dtype)
+                for name, heads, length in (
+                    ("query", self.heads, self.q_len),
+                    ("key", self.kv_heads, self.kv_len),
+                    ("value", self.kv_heads, self.kv_len),
+                )
             ]
         if self.mask:
             specs.append(TensorSpec("mask", (self.batch, self.kv_len), "int64"))
         if self.bias_heads:
-            specs.append(TensorSpec("bias", (self.bias_batch, self.bias_heads, self.q_len, self.kv_len), self.dtype))
+            shape = (self.bias_batch, self.bias_heads, self.bias_q or self.q_len, self.kv_len)
+            specs.append(TensorSpec("bias", shape, self.dtype))
+        if self.alibi:
+            specs.append(TensorSpec("slopes", (self.heads,), "float32"))
+        if self.lengths:
+            specs.append(TensorSpec("lengths", (self.batch,), "int32"))
+        if self.ragged:
+            specs.append(TensorSpec("offsets", (self.batch + 1,), "int32"))
         return tuple(specs)
 
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """Out (batch, q_len, heads·head_dim)."""
-        return (TensorSpec("out", (self.batch, self.q_len, self.heads * self.head_dim), self.dtype),)
+        """Out, shaped as query is; then the attention weights if they are asked for."""
+        out = TensorSpec("out", self._shape(self.heads, self.q_len), self.dtype)
+        if not self.weights:
+            return (out,)
+        return out, TensorSpec("weights", (self.batch, self.heads, self.q_len, self.kv_len), "float32")
+
+    def _shape(self, heads: int, length: int) -> tuple[int, ...]:
+        if self.layout == "bhsd":
+            return (self.batch, heads, length, self.head_dim)
+        return self._rows(length, heads * self.head_dim)
+
+    def _rows(self, length: int, width: int) -> tuple[int, ...]:
+        return (length, width) if self.ragged else (self.batch, length, width)
 
     def compute(self) -> list[Any]:
         """Three stages and the reductions between them: scores, softmax, weighted sum."""
-        from tvm import te, tirx
+        from attntune.ops.attention_expression import expression
 
-        from attntune.ops import math as tmath
-
-        operands = {spec.name: te.placeholder(spec.shape, spec.dtype, spec.name) for spec in self.inputs()}
-        q_width, kv_width, dim = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.head_dim
-        group = self.heads // self.kv_heads
-        if self.packed:
-            query = key = value = operands["qkv"]
-            key_at, value_at = q_width, q_width + kv_width
-        else:
-            query, key, value = operands["query"], operands["key"], operands["value"]
-            key_at = value_at = 0
-        scores_shape = (self.batch, self.heads, self.q_len, self.kv_len)
-        rows_shape = scores_shape[:3]
-        masked = tirx.const(MASKED, "float32")
-
-        d = te.reduce_axis((0, dim), name="d")
-        products = te.compute(
-            scores_shape,
-            lambda b, h, i, j: te.sum(
-                query[b, i, h * dim + d] * key[b, j, key_at + (h // group) * dim + d], axis=d
-            ),
-            name="products",
-        )  # fmt: skip
-
-        def score(b: Any, h: Any, i: Any, j: Any) -> Any:
-            value_ = products[b, h, i, j] * tirx.const(self.scaling, self.dtype)
-            if self.bias_heads:
-                value_ = value_ + operands["bias"][
-                    b if self.bias_batch > 1 else 0, h if self.bias_heads > 1 else 0, i, j
-                ]  # fmt: skip
-            if self.mask:
-                value_ = tirx.Select(operands["mask"][b, j] != 0, value_, masked)
-            if self.causal:
-                value_ = tirx.Select(j <= i + self.causal_offset, value_, masked)
-            return value_
-
-        scores = te.compute(scores_shape, score, name="scores")
-        j_max = te.reduce_axis((0, self.kv_len), name="j_max")
-        peak = te.compute(rows_shape, lambda b, h, i: te.max(scores[b, h, i, j_max], axis=j_max), name="peak")
-        weights = te.compute(
-            scores_shape,
-            lambda b, h, i, j: tmath.exp(scores[b, h, i, j] - te.max(peak[b, h, i], tirx.const(FLOOR, "float32"))),
-            name="weights",
-        )
-        j_sum = te.reduce_axis((0, self.kv_len), name="j_sum")
-        total = te.compute(rows_shape, lambda b, h, i: te.sum(weights[b, h, i, j_sum], axis=j_sum), name="total")
-        j_out = te.reduce_axis((0, self.kv_len), name="j_out")
-        context = te.compute(
-            (self.batch, self.heads, self.q_len, dim),
-            lambda b, h, i, e: te.sum(
-                weights[b, h, i, j_out] * value[b, j_out, value_at + (h // group) * dim + e], axis=j_out
-            ),
-            name="context",
-        )
-        out = te.compute(
-            (self.batch, self.q_len, q_width),
-            lambda b, i, c: (
-                context[b, c // dim, i, c % dim] / te.max(total[b, c // dim, i], tirx.const(1e-30, "float32"))
-            ),
-            name="out",
-        )
-        return [*operands.values(), out]
+        return expression(self)
 
     def reference(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """Float64 NumPy."""
-        weights, value = self._reference_weights(inputs)
-        context = np.einsum("bhij,bjhe->bihe", weights, value)
-        return (context.reshape(self.batch, self.q_len, self.heads * self.head_dim),)
+        from attntune.ops.attention_reference import reference
 
-    def _reference_weights(self, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        operands = dict(zip((spec.name for spec in self.inputs()), inputs, strict=True))
-        q_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        if self.packed:
-            qkv = np.asarray(operands["qkv"], np.float64)
-            query, key, value = np.split(qkv, [q_width, q_width + kv_width], axis=-1)
-        else:
-            query, key, value = (np.asarray(operands[name], np.float64) for name in ("query", "key", "value"))
-        query = query.reshape(self.batch, self.q_len, self.heads, self.head_dim)
-        group = self.heads // self.kv_heads
-        key, value = (
-            x.reshape(self.batch, self.kv_len, self.kv_heads, self.head_dim).repeat(group, axis=2) for x in (key, value)
-        )
-        scores = np.einsum("bihd,bjhd->bhij", query, key) * self.scaling
-        if self.bias_heads:
-            scores = scores + np.asarray(operands["bias"], np.float64)
-        allowed = np.ones(scores.shape, bool)
-        if self.mask:
-            allowed &= (np.asarray(operands["mask"]) != 0)[:, None, None, :]
-        if self.causal:
-            reach = np.arange(self.q_len)[:, None] + self.causal_offset
-            allowed &= np.arange(self.kv_len)[None, :] <= reach
-        scores = np.where(allowed, scores, -np.inf)
-        peak = np.maximum(scores.max(axis=-1, keepdims=True), FLOOR)
-        weights = np.exp(scores - peak)
-        return weights / np.maximum(weights.sum(axis=-1, keepdims=True), 1e-30), value
+        return reference(self, *inputs)
 
     def flops(self) -> int:
-        """Two matrix products over the (query, key) pairs that may attend; the softmax is not counted."""
-        if self.causal:
-            pairs = sum(min(max(i + self.causal_offset + 1, 0), self.kv_len) for i in range(self.q_len))
-        else:
-            pairs = self.q_len * self.kv_len
-        return 4 * self.batch * self.heads * pairs * self.head_dim
+        """Two matrix products over the (query, key) pairs that may attend; the softmax is not counted.
+
+        Where lengths are operands, those of :meth:`example_inputs` count.
+        """
+        return 4 * self.heads * self.head_dim * sum(self._pairs(q, kv) for q, kv in self._sequences())
+
+    def _sequences(self) -> list[tuple[int, int]]:
+        """Queries and keys of each sequence in the examples."""
+        if self.ragged:
+            offsets = self._example_offsets()
+            return [(int(b - a), int(b - a)) for a, b in pairwise(offsets)]
+        lengths = self._example_lengths() if self.lengths else [self.kv_len] * self.batch
+        return [(int(n) if self.lengths == "qkv" else self.q_len, int(n)) for n in lengths]
+
+    def _pairs(self, queries: int, keys: int) -> int:
+        if not self.causal:
+            return queries * keys
+        offset = self.causal_offset + (keys - self.q_len if self.lengths == "kv" else 0)
+        at = np.arange(queries) + offset
+        first = np.maximum(at + 1 - self.window, 0) if self.window else np.zeros_like(at)
+        return int(np.maximum(np.minimum(at + 1, keys) - first, 0).sum())
 
     def example_inputs(self, seed: int = 0) -> tuple[np.ndarray, ...]:
-        """Normal operands; masks with a padded tail, a hole, and (from batch 3 on) one wholly masked row."""
+        """Normal operands; masks with a padded tail, a hole, and (from batch 3 on) one wholly masked row.
+
+        A bias has keys at -inf. Lengths go from full (a batch of one: seven eighths) down to half, and to none in the
+        last sequence of three or more.
+        """
         rng = np.random.default_rng(seed)
+        made = {
+            "mask": self._example_mask, "lengths": self._example_lengths, "offsets": self._example_offsets,
+            "slopes": self._example_slopes,
+        }  # fmt: skip
         values = []
         for spec in self.inputs():
-            if spec.name != "mask":
-                values.append(random_operand(rng, spec))
-                continue
-            mask = np.ones(spec.shape, np.int64)
-            for row in range(self.batch):
-                mask[row, self.kv_len - (row * self.kv_len) // (self.batch + 1) :] = 0
-            if self.kv_len > 4:
-                mask[0, self.kv_len // 2] = 0
-            if self.batch > 2:
-                mask[-1] = 0
-            values.append(mask)
+            value = made[spec.name]() if spec.name in made else random_operand(rng, spec)
+            if spec.name == "bias" and self.kv_len > 3:
+                value[..., 3] = -np.inf
+            values.append(value)
         return tuple(values)
+
+    def _example_mask(self) -> np.ndarray:
+        mask = np.ones((self.batch, self.kv_len), np.int64)
+        for row in range(self.batch):
+            mask[row, self.kv_len - (row * self.kv_len) // (self.batch + 1) :] = 0
+        if self.kv_len > 4:
+            mask[0, self.kv_len // 2] = 0
+        if self.batch > 2:
+            mask[-1] = 0
+        return mask
+
+    def _example_lengths(self) -> np.ndarray:
+        lengths = [self.kv_len - row * self.kv_len // (2 * self.batch) for row in range(self.batch)]
+        if self.batch == 1:
+            lengths[0] -= self.kv_len // 8
+        if self.batch > 2:
+            lengths[-1] = 0
+        return np.array(lengths, np.int32)
+
+    def _example_offsets(self) -> np.ndarray:
+        """Sequences of growing length, the last rows but one in thirty-two in use, one sequence of three empty."""
+        used = self.q_len - self.q_len // 32
+        shares = np.arange(1, self.batch + 1, dtype=np.float64)
+        if self.batch > 2:
+            shares[1] = 0.0
+        ends = np.round(np.cumsum(shares) / shares.sum() * used)
+        return np.concatenate([[0], ends]).astype(np.int32)
+
+    def _example_slopes(self) -> np.ndarray:
+        """Geometric, from the paper: 2^(-8/heads), its square, and so on."""
+        return np.exp2(-8.0 * np.arange(1, self.heads + 1) / self.heads).astype(np.float32)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -46,31 +47,71 @@ def _linear(w: Linear, x, weight, *rest):
     return y + rest.pop(0) if w.residual else y
 
 
+def halve_far_scores(score, b, h, i, j):
+    """A ``score_mod``: arithmetic alone, so that it serves tensor expressions and NumPy."""
+    return score * (1.0 - 0.5 * ((i - j) % 2)) + 0.25 * h - 0.125 * b
+
+
 def _attention(w: Attention, *operands):
+    """One (batch, head, query) at a time, so that no shape, mask or offset is shared with the reference."""
     import torch
     from torch.nn import functional as F
 
-    operands = list(operands)
+    given = dict(zip((spec.name for spec in w.inputs()), operands, strict=True))
     if w.packed:
         widths = [w.heads * w.head_dim, w.kv_heads * w.head_dim, w.kv_heads * w.head_dim]
-        query, key, value = operands.pop(0).split(widths, dim=-1)
+        query, key, value = given["qkv"].split(widths, dim=-1)
     else:
-        query, key, value = (operands.pop(0) for _ in range(3))
-    q = query.reshape(w.batch, w.q_len, w.heads, w.head_dim).transpose(1, 2)
-    k, v = (t.reshape(w.batch, w.kv_len, w.kv_heads, w.head_dim).transpose(1, 2) for t in (key, value))
-    k, v = (t.repeat_interleave(w.heads // w.kv_heads, dim=1) for t in (k, v))
-    allowed = torch.ones(w.batch, 1, w.q_len, w.kv_len, dtype=torch.bool)
-    if w.mask:
-        allowed = allowed & (operands.pop(0) != 0)[:, None, None, :]
-    if w.causal:
-        allowed = allowed & torch.ones(w.q_len, w.kv_len, dtype=torch.bool).tril(w.causal_offset)
-    bias = torch.zeros(1, 1, w.q_len, w.kv_len, dtype=torch.float64)
-    if w.bias_heads:
-        bias = operands.pop(0)
-    scores = torch.where(allowed, bias.expand(w.batch, -1, -1, -1), -torch.inf)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=scores, scale=w.scale)
-    seen = allowed.any(-1, keepdim=True)
-    return torch.where(seen, out, 0.0).transpose(1, 2).reshape(w.batch, w.q_len, w.heads * w.head_dim)
+        query, key, value = given["query"], given["key"], given["value"]
+    if w.ragged:
+        ends = given["offsets"].tolist()
+        sequences = [range(a, b) for a, b in pairwise(ends)]
+        query, key, value = (
+            [
+                x[s.start : s.stop].reshape(len(s), x.shape[1] // w.head_dim, w.head_dim).transpose(0, 1)
+                for s in sequences
+            ]
+            for x in (query, key, value)
+        )
+    elif w.layout == "bshd":
+        query, key, value = (
+            x.reshape(w.batch, x.shape[1], -1, w.head_dim).transpose(1, 2) for x in (query, key, value)
+        )
+    out = torch.zeros(w.outputs()[0].shape, dtype=torch.float64)
+    weights = torch.zeros(w.batch, w.heads, w.q_len, w.kv_len, dtype=torch.float64)
+    for b in range(w.batch):
+        length = int(given["lengths"][b]) if w.lengths else key[b].shape[1]
+        queries = min(query[b].shape[1], length) if w.lengths == "qkv" else query[b].shape[1]
+        for h in range(w.heads):
+            q, k, v = query[b][h], key[b][h // (w.heads // w.kv_heads)], value[b][h // (w.heads // w.kv_heads)]
+            for i in range(queries):
+                at = i + w.causal_offset + (length - w.q_len if w.lengths == "kv" else 0)
+                last = min(at + 1, length) if w.causal else length
+                seen = range(max(0, at + 1 - w.window) if w.window else 0, last)
+                seen = [j for j in seen if not w.mask or given["mask"][b, j] != 0]
+                if not seen:
+                    continue
+                j = torch.tensor(seen)
+                score = k[j] @ q[i] * (w.head_dim**-0.5 if w.scale is None else w.scale)
+                if w.softcap:
+                    score = w.softcap * torch.tanh(score / w.softcap)
+                if w.bias_heads:
+                    bias = given["bias"]
+                    score = score + bias[b % bias.shape[0], h % bias.shape[1], i % bias.shape[2]][j]
+                if w.alibi:
+                    score = score + given["slopes"][h] * (j - at)
+                if w.score_mod:
+                    score = halve_far_scores(score, b, h, i, j)
+                share = F.softmax(score, dim=0).nan_to_num(0.0)
+                weights[b, h, i, j] = share
+                columns = slice(h * w.head_dim, (h + 1) * w.head_dim)
+                if w.layout == "bhsd":
+                    out[b, h, i] = share @ v[j]
+                elif w.ragged:
+                    out[sequences[b].start + i, columns] = share @ v[j]
+                else:
+                    out[b, i, columns] = share @ v[j]
+    return (out, weights) if w.weights else out
 
 
 def _layer_norm(w: LayerNorm, x, *rest):
@@ -142,6 +183,16 @@ ROWS: dict[str, Row] = {
             Attention(1, 2, 19, 13, 80, bias_batch=1, bias_heads=2, scale=0.25),
             Attention(2, 2, 23, 70, 96, bias_batch=2, bias_heads=1, mask=True),
             Attention(1, 2, 9, 4, 17, causal=True),
+            Attention(2, 4, 37, 53, 24, kv_heads=2, layout="bhsd", causal=True, causal_offset=16, window=11),
+            Attention(2, 2, 21, 45, 16, layout="bhsd", softcap=3.0, bias_batch=2, bias_heads=1, bias_q=1),
+            Attention(1, 3, 35, 35, 32, causal=True, alibi=True, weights=True),
+            Attention(2, 2, 9, 70, 64, layout="bhsd", mask=True, weights=True),
+            Attention(3, 2, 67, 67, 16, packed=True, lengths="qkv", causal=True),
+            Attention(3, 4, 1, 150, 64, kv_heads=2, lengths="kv"),
+            Attention(2, 6, 3, 131, 40, kv_heads=2, layout="bhsd", lengths="kv", causal=True, alibi=True, window=70),
+            Attention(2, 2, 7, 33, 8, score_mod="operators:halve_far_scores", causal=True),
+            Attention(4, 2, 131, 131, 16, packed=True, ragged=True),
+            Attention(2, 2, 50, 50, 8, ragged=True, causal=True, window=9, score_mod="operators:halve_far_scores"),
         ),
         oracle=_attention,
         call=(
@@ -167,8 +218,23 @@ ROWS: dict[str, Row] = {
             head_dim=st.sampled_from([1, 8, 17, 32, 64, 80]),
             mask=st.booleans(),
             causal=st.booleans(),
+            layout=st.sampled_from(["bshd", "bhsd"]),
+            lengths=st.sampled_from(["", "kv"]),
         ),
-        wrong=({"heads": 0}, {"kv_heads": 2}, {"packed": True, "q_len": 3}, {"bias_batch": 1}),
+        wrong=(
+            {"heads": 0},
+            {"kv_heads": 2},
+            {"packed": True, "q_len": 3},
+            {"bias_batch": 1},
+            {"layout": "bhsd"},
+            {"window": 4},
+            {"window": -1, "causal": True},
+            {"softcap": -1.0},
+            {"lengths": "q"},
+            {"ragged": True, "mask": True},
+            {"score_mod": "nowhere"},
+            {"bias_q": 1},
+        ),
     ),
     "layer_norm": Row(
         workloads=(

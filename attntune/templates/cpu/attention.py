@@ -39,6 +39,15 @@ class AttentionCPU(ScheduleTemplate):
     op: ClassVar[str] = "attention"
     kind: ClassVar[str] = "cpu"
 
+    def supports(self, workload: Workload, target: Target) -> bool:
+        """Float32; plain, causal, masked or biased, in the fused layout."""
+        w = _attention(workload)
+        plain = Attention(
+            w.batch, w.heads, w.q_len, w.kv_len, w.head_dim, w.kv_heads, w.packed, w.causal, w.causal_offset, w.mask,
+            w.bias_batch, w.bias_heads, w.scale,
+        )  # fmt: skip
+        return w == plain
+
     def space(self, workload: Workload, target: Target) -> ConfigSpace:
         """Queries and keys per block, and the register tiles of both products."""
         w = _attention(workload)

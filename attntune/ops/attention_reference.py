@@ -1,0 +1,88 @@
+"""Attention in float64 NumPy: what every schedule is checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from attntune.ops.attention import Attention
+
+
+def reference(w: Attention, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Out and, if ``w`` has them, the weights; shapes as ``w.outputs()``."""
+    operands = dict(zip((spec.name for spec in w.inputs()), inputs, strict=True))
+    query, key, value = _by_head(w, operands)
+    if not w.ragged:
+        weights = _weights(w, operands, query, key)
+        context = np.einsum("bhij,bhjd->bhid", weights, value)
+    else:
+        context = np.zeros_like(query)
+        offsets = operands["offsets"]
+        for b, (start, end) in enumerate(pairwise(offsets)):
+            rows = slice(int(start), int(end))
+            if end > start:
+                weights = _weights(w, operands, query[:, :, rows], key[:, :, rows], b)
+                context[:, :, rows] = np.einsum("bhij,bhjd->bhid", weights, value[:, :, rows])
+    out = context if w.layout == "bhsd" else context.transpose(0, 2, 1, 3)
+    out = np.ascontiguousarray(out).reshape(w.outputs()[0].shape)
+    return (out, weights) if w.weights else (out,)
+
+
+def _by_head(w: Attention, operands: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Query, key and value as (batch, heads, length, head_dim); a ragged batch as one sequence."""
+    names = ("query", "key", "value")
+    if w.packed:
+        q_width, kv_width = w.heads * w.head_dim, w.kv_heads * w.head_dim
+        found = np.split(np.asarray(operands["qkv"], np.float64), [q_width, q_width + kv_width], axis=-1)
+    else:
+        found = [np.asarray(operands[name], np.float64) for name in names]
+    if w.layout == "bshd":
+        batch = 1 if w.ragged else w.batch
+        found = [x.reshape(batch, -1, x.shape[-1] // w.head_dim, w.head_dim).transpose(0, 2, 1, 3) for x in found]
+    group = w.heads // w.kv_heads
+    return [found[0], *(x.repeat(group, axis=1) for x in found[1:])]
+
+
+def _weights(
+    w: Attention, operands: Mapping[str, np.ndarray], query: np.ndarray, key: np.ndarray, b: int = 0
+) -> np.ndarray:
+    """The softmax (batch, heads, queries, keys); of sequence ``b`` alone in a ragged batch."""
+    from attntune.ops.attention import FLOOR
+
+    scores = np.einsum("bhid,bhjd->bhij", query, key) * w.scaling
+    i = np.arange(query.shape[2])[:, None]
+    j = np.arange(key.shape[2])[None, :]
+    lengths = np.asarray(operands.get("lengths", [w.kv_len]), np.int64)[:, None, None, None]
+    at = i + w.causal_offset
+    if w.lengths == "kv":
+        at = at + lengths - w.q_len
+    if w.softcap:
+        scores = w.softcap * np.tanh(scores / w.softcap)
+    if w.bias_heads:
+        scores = scores + np.asarray(operands["bias"], np.float64)
+    if w.alibi:
+        scores = scores + np.asarray(operands["slopes"], np.float64)[None, :, None, None] * (j - at)
+    if w.score_mod:
+        modify = w.modification()
+        batch = np.arange(b, b + scores.shape[0])[:, None, None, None]
+        heads = np.arange(w.heads)[None, :, None, None]
+        scores = getattr(modify, "reference", modify)(scores, batch, heads, i, j)
+    allowed = np.ones(scores.shape, bool)
+    if w.mask:
+        allowed &= (np.asarray(operands["mask"]) != 0)[:, None, None, :]
+    if w.lengths:
+        allowed &= j < lengths
+    if w.lengths == "qkv":
+        allowed &= i < lengths
+    if w.causal:
+        allowed &= j <= at
+    if w.window:
+        allowed &= j > at - w.window
+    scores = np.where(allowed, scores, -np.inf)
+    powers: np.ndarray = np.exp(scores - np.maximum(scores.max(axis=-1, keepdims=True), FLOOR))
+    shares: np.ndarray = powers / np.maximum(powers.sum(axis=-1, keepdims=True), 1e-30)
+    return shares
