@@ -1,0 +1,73 @@
+"""Whole vectors in hand-written TIR: loads, stores, broadcasts, and transposes by shuffles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+class Vectors:
+    """Float32 vectors of ``lanes`` elements."""
+
+    def __init__(self, lanes: int) -> None:
+        self.lanes = lanes
+        self.dtype = f"float32x{lanes}"
+
+    def load(self, buffer: Any, at: list[Any]) -> Any:
+        """``lanes`` elements from ``at`` on, along the last axis."""
+        return buffer.vload(at, dtype=self.dtype)
+
+    def store(self, buffer: Any, at: list[Any], value: Any) -> None:
+        """Write ``value`` from ``at`` on, along the last axis."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        T.buffer_store(buffer, value, [*at[:-1], tirx.Ramp(at[-1], 1, self.lanes)])
+
+    def broadcast(self, value: Any) -> Any:
+        """A scalar expression in every lane."""
+        from tvm import tirx
+
+        return tirx.Broadcast(value, self.lanes)
+
+    def splat(self, value: float) -> Any:
+        """A constant in every lane."""
+        from tvm import tirx
+
+        return self.broadcast(tirx.const(value, "float32"))
+
+    def index(self) -> Any:
+        """0, 1, 2, …, as int32."""
+        from tvm import tirx
+
+        return tirx.Ramp(tirx.const(0, "int32"), 1, self.lanes)
+
+    def shuffle(self, a: Any, b: Any, lanes: list[int]) -> Any:
+        """Lanes picked from ``a`` followed by ``b``."""
+        from tvm import tirx
+
+        return tirx.Shuffle([a, b], lanes)
+
+    def transpose(self, load: Callable[[int], Any], store: Callable[[int, Any], None]) -> None:
+        """A block of ``lanes`` × ``lanes``: ``load(row)`` gives its rows, ``store(column, vector)`` takes its columns.
+
+        log2(lanes) rounds of two-vector shuffles: lanes² scalar moves become lanes · log2(lanes) shuffles.
+        """
+        from tvm.tirx.script.builder import ir as T
+
+        lanes = self.lanes
+        rows = [T.bind(load(row)) for row in range(lanes)]
+        # After the round of width ``step``, row r holds elements of the rows that differ from r in the bits so far.
+        step = 1
+        while step < lanes:
+            low = [k if k & step == 0 else lanes + k - step for k in range(lanes)]
+            high = [k + step if k & step == 0 else lanes + k for k in range(lanes)]
+            done = list(rows)
+            for row in range(lanes):
+                if row & step == 0:
+                    done[row] = T.bind(self.shuffle(rows[row], rows[row + step], low))
+                    done[row + step] = T.bind(self.shuffle(rows[row], rows[row + step], high))
+            rows = done
+            step *= 2
+        for column in range(lanes):
+            store(column, rows[column])
