@@ -1,0 +1,253 @@
+"""The bfloat16 attention kernel: the float32 kernel with its two products replaced by products of pairs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from attntune.ops.attention import MASKED, Attention
+from attntune.search.space import Config
+from attntune.target import Target
+from attntune.templates.cpu import bf16
+from attntune.templates.cpu.attention_kernel import TALLEST, AttentionKernel
+
+_LOG2_E = math.log2(math.e)
+#: A pair of ones.
+_ONES = 0x3F803F80
+
+
+class AttentionBf16Kernel(AttentionKernel):
+    """Scores over pairs of the head's elements, results over pairs of keys; blocks, masks and lengths as inherited.
+
+    A pair of keys begins at an even distance from the block's first key. Ranges of keys round outwards to pairs: what
+    a range has too much is masked, or has a value of zero.
+    """
+
+    def __init__(self, w: Attention, target: Target, config: Config) -> None:
+        super().__init__(w, target, config)
+        self.pairs = w.head_dim // 2
+        self.padded_dim = self.dim_vectors * self.lanes
+        self.factor = w.scaling * (1.0 if self.general else _LOG2_E)
+        plain = not (self.general or self.key_terms or self.pair_terms or w.weights)
+        #: Whether scores are scaled where they are exponentiated, which is free.
+        self.scaled_late = plain and 2.0**-20 <= self.factor <= 2.0**20
+
+    def _place(self, b: Any, h: Any, *rest: Any) -> None:
+        super()._place(b, h, *rest)
+        names = ("qkv",) * 3 if self.w.packed else ("query", "key", "value")
+        self.query, self.key = (bf16.view(self.operand[name], "int32") for name in names[:2])
+        self.value, self.result = bf16.view(self.operand[names[2]], "uint16"), bf16.view(self.operand["out"], "uint16")
+        if self.w.bias_heads and not isinstance(self.operand["bias"], bf16.Widened):
+            self.operand["bias"] = bf16.Widened(self.operand["bias"])
+
+    def _pair_at(self, head: Any, row: Any, pair: Any, column: int = 0) -> list[Any]:
+        """Index of a pair of elements of a query or key."""
+        *lead, at = self._at(head, row, 0, column)
+        return [*lead, at // 2 + pair]
+
+    def _block(self) -> None:
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        self.query_pairs = T.sblock_alloc_buffer((self.block_vectors, self.pairs, self.lanes), "int32")
+        self.value_pairs = T.sblock_alloc_buffer((self.key_block // 2 + 1, self.padded_dim), "int32")
+        with T.attr(tirx.const(0, "int32"), "pragma_import_llvm", bf16.IMPORT["pragma_import_llvm"]):
+            super()._block()
+
+    def _transpose_queries(self) -> None:
+        from tvm.tirx.script.builder import ir as T
+
+        v, lanes = self.v, self.lanes
+        whole = self.pairs // lanes * lanes
+        with T.serial(self.count) as g:
+            rows = [T.bind(self.first + T.min(g * lanes + lane, self.queries - 1)) for lane in range(lanes)]
+            if whole:
+                with T.serial(whole // lanes) as part:
+
+                    def load(row: int) -> Any:
+                        return self.query.vload(self._pair_at(self.h, rows[row], part * lanes), dtype="int32x16")
+
+                    def store(column: int, vector: Any) -> None:
+                        v.store(self.query_pairs, [g, part * lanes + column, 0], vector)
+
+                    v.transpose(load, store)
+            if whole < self.pairs:
+                with T.serial(self.pairs - whole) as d:
+                    for lane in range(lanes):
+                        pair = self.query[tuple(self._pair_at(self.h, rows[lane], whole + d))]
+                        T.buffer_store(self.query_pairs, pair, [g, whole + d, lane])
+
+    # -- one block of keys ---------------------------------------------------------------------------------------------
+
+    def _key_block(self, start: Any, keys: Any, first: bool) -> None:
+        from tvm.tirx.script.builder import ir as T
+
+        with T.serial(keys // 2) as n:
+            self._pair_values(n, start + n * 2, paired=True)
+        if not isinstance(keys, int):
+            with T.If(keys % 2 == 1), T.Then():
+                self._pair_values(keys // 2, start + (keys - 1), paired=False)
+        elif keys % 2:
+            self._pair_values(keys // 2, start + (keys - 1), paired=False)
+        super()._key_block(start, keys, first)
+
+    def _pair_values(self, n: Any, row: Any, paired: bool) -> None:
+        """Value rows ``row`` and, if ``paired``, the next, element by element; else zeros for the second."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        w, v, lanes = self.w, self.v, self.lanes
+        whole = w.head_dim // lanes
+
+        def at(j: Any, e: Any) -> list[Any]:
+            return self._at(self.kv_head, j, e, self.value_column)
+
+        for dim in range(whole):
+            low, high = (
+                self.value.vload(at(j, dim * lanes), dtype="uint16x16") for j in (row, row + 1 if paired else row)
+            )
+            pair = bf16.pairs_of_bits(low, high) if paired else tirx.Cast("int32x16", low)
+            v.store(self.value_pairs, [n, dim * lanes], pair)
+        if whole * lanes < w.head_dim:
+            with T.serial(w.head_dim - whole * lanes) as e:
+                pair = tirx.Cast("int32", self.value[tuple(at(row, whole * lanes + e))])
+                if paired:
+                    pair = pair | (tirx.Cast("int32", self.value[tuple(at(row + 1, whole * lanes + e))]) << 16)
+                T.buffer_store(self.value_pairs, pair, [n, whole * lanes + e])
+
+    def _score_tile(self, at: Any, height: int, g: Any, vectors: int, best: Any, edge: bool) -> None:
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        w, v, lanes = self.w, self.v, self.lanes
+        acc = T.sblock_alloc_buffer((height, vectors, lanes), "float32", scope="local")
+        at = at if isinstance(at, int) else T.bind(at)
+        row = [T.bind(self.start + T.min(at + a, self.keys - 1)) if edge else self.start + at + a
+               for a in range(height)]  # fmt: skip
+        for a in range(height):
+            for k in range(vectors):
+                v.store(acc, [a, k, 0], v.splat(0.0))
+        with T.serial(self.pairs) as d:
+            for a in range(height):
+                key = v.broadcast(self.key[tuple(self._pair_at(self.kv_head, row[a], d, self.key_column))])
+                for k in range(vectors):
+                    query = self.query_pairs.vload([g + k, d, 0], dtype="int32x16")
+                    v.store(acc, [a, k, 0], bf16.dot(v.load(acc, [a, k, 0]), query, key))
+        for a in range(height):
+            for k in range(vectors):
+                score = v.load(acc, [a, k, 0])
+                if not self.scaled_late:
+                    score = score * v.splat(self.factor)
+                if self.pair_terms:
+                    score = score + v.load(self.p, [g + k, at + a, 0])
+                if self.key_terms:
+                    score = score + v.broadcast(self.terms[at + a])
+                if edge and w.causal and not self.general:
+                    for allowed in self._visible(g + k, v.broadcast(self.start + at + a)):
+                        score = tirx.Select(allowed, score, v.splat(MASKED))
+                score = T.bind(score)
+                v.store(self.p, [g + k, at + a, 0], score)
+                if not self.general:
+                    v.store(best, [k, 0], T.max(v.load(best, [k, 0]), score))
+
+    def _softmax(self, low: Any, high: Any, g: Any, vectors: int, best: Any, first: bool) -> None:
+        """As inherited, in pairs: the exponentials of keys 2n and 2n + 1 go where the score of key n was."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        from attntune.ops import math as tmath
+
+        v, lanes = self.v, self.lanes
+        scale = v.splat(self.factor if self.scaled_late else 1.0)
+        added = T.sblock_alloc_buffer((vectors, lanes), "float32", scope="local")
+        if not isinstance(self.keys, int):
+            with T.If(self.keys % 2 == 1), T.Then():
+                for k in range(vectors):
+                    v.store(self.p, [g + k, self.keys, 0], v.splat(MASKED))
+        elif self.keys % 2:
+            for k in range(vectors):
+                v.store(self.p, [g + k, self.keys, 0], v.splat(MASKED))
+        tops = []
+        for k in range(vectors):
+            at = (g + k) * lanes
+            if not first:
+                factor = tirx.const(self.factor if self.scaled_late else 1.0, "float32")
+                with T.vectorized(lanes) as lane:
+                    shrink = tmath.exp2_nonpositive((self.top[at + lane] - best[k, lane]) * factor)
+                    T.buffer_store(self.alpha, shrink, [at + lane])
+            v.store(self.top, [at], v.load(best, [k, 0]))
+            v.store(added, [k, 0], v.splat(0.0))
+            tops.append(T.bind(v.load(best, [k, 0]) * scale))
+        low, high = low // 2, (high + 1) // 2
+        with T.serial(high - low) as n:
+            j = low + n
+            for k in range(vectors):
+                # Sums are of the rounded weights: what rounding does to all of them alike cancels.
+                powers = [bf16.exp2(v.load(self.p, [g + k, j * 2 + i, 0]) * scale - tops[k]) for i in range(2)]
+                pair = T.bind(bf16.round_to_pairs(*powers))
+                v.store(self.p, [g + k, j, 0], tirx.reinterpret("float32x16", pair))
+                ones = v.broadcast(tirx.const(_ONES, "int32"))
+                v.store(added, [k, 0], bf16.dot(v.load(added, [k, 0]), pair, ones))
+        for k in range(vectors):
+            at = (g + k) * lanes
+            total = v.load(added, [k, 0])
+            if not first:
+                total = total + v.load(self.total, [at]) * v.load(self.alpha, [at])
+            v.store(self.total, [at], total)
+
+    def _out_tile(self, low: Any, high: Any, t: Any, dims: range, first: bool) -> None:
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        v, lanes, rows = self.v, self.lanes, self.out_rows
+        acc = T.sblock_alloc_buffer((rows, len(dims), lanes), "float32", scope="local")
+        for a in range(rows):
+            for e, dim in enumerate(dims):
+                if first:
+                    v.store(acc, [a, e, 0], v.splat(0.0))
+                else:
+                    shrink = v.broadcast(self.alpha[t * rows + a])
+                    v.store(acc, [a, e, 0], v.load(self.out, [t * rows + a, dim * lanes]) * shrink)
+        low, high = low // 2, (high + 1) // 2
+        with T.serial(high - low) as n:
+            j = low + n
+            for a in range(rows):
+                weight = self.p[t // (lanes // rows), j, t % (lanes // rows) * rows + a]
+                pair = v.broadcast(tirx.reinterpret("int32", weight))
+                for e, dim in enumerate(dims):
+                    value = self.value_pairs.vload([j, dim * lanes], dtype="int32x16")
+                    v.store(acc, [a, e, 0], bf16.dot(v.load(acc, [a, e, 0]), value, pair))
+        for a in range(rows):
+            for e, dim in enumerate(dims):
+                v.store(self.out, [t * rows + a, dim * lanes], v.load(acc, [a, e, 0]))
+
+    # -- results -------------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        w, v, lanes = self.w, self.v, self.lanes
+        tail = T.sblock_alloc_buffer((lanes,), "uint16", scope="local") if w.head_dim % lanes else None
+        with T.serial(self.queries) as i:
+            inverse = T.bind(tirx.const(1.0, "float32") / T.max(self.total[i], tirx.const(1e-30, "float32")))
+            for dim in range(self.dim_vectors):
+                at = dim * lanes
+                bits = bf16.round_to_bits(v.load(self.out, [i, at]) * v.broadcast(inverse))
+                if at + lanes <= w.head_dim:
+                    v.store(self.result, self._at(self.h, self.first + i, at), bits)
+                else:
+                    v.store(tail, [0], bits)
+                    with T.serial(w.head_dim - at) as e:
+                        T.buffer_store(self.result, tail[e], self._at(self.h, self.first + i, at + e))
+
+    def _zero_row(self, i: Any) -> None:
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        with T.serial(self.w.head_dim) as e:
+            T.buffer_store(self.result, tirx.const(0, "uint16"), self._at(self.h, self.first + i, e))
+        if self.w.weights:
+            with T.serial(self.w.kv_len) as j:
+                place = [self.b, self.h, self.first + i, j]
+                T.buffer_store(self.operand["weights"], tirx.const(0.0, "float32"), place)
