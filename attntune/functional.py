@@ -8,6 +8,7 @@ pointers and runs the kernel on the kernel thread.
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ from attntune.runtime.tuned_model import aligned_zeros
 __all__ = ["clear_cache", "scaled_dot_product_attention"]
 
 _KERNELS = KernelCache()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _KERNELS.forget_workers())
 _calls: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 _MOST_CALLS = 1024
 """Descriptions kept; the oldest goes, with its buffers, when there are more."""
