@@ -1,0 +1,149 @@
+"""bfloat16 on CPUs with AVX512-BF16: products of pairs by ``vdpbf16ps``, and the way around TVM's missing type.
+
+TVM's LLVM backend has no bfloat16: a pass before it turns every bfloat16 value into a float32 computed from bits, and
+calls keep no bfloat16 vector. So kernels here never hold a bfloat16 value. Arguments are declared ``bfloat16``, for so
+the runtime, Relax and DLPack see them, and are read and written through views of the same memory: ``int32`` for pairs
+(the lower address in the low half, as ``vdpbf16ps`` wants it), ``uint16`` for single elements. A view is a declared
+buffer over the argument's data pointer, which every pass of TVM knows; imported load functions taking ``address_of``
+would also work, but hide their reads from TVM and their alignment from LLVM. A kernel should write through one view
+only, and not read what it wrote through another: to LLVM, two views are different memory.
+
+What an instruction is needed for is LLVM IR, imported by a ``pragma_import_llvm`` on any loop of the kernel, and
+called as an extern. The functions are inlined, and several kernels of one module may import them.
+
+All vectors have 16 lanes. ``vdpbf16ps`` rounds after each of its two products and takes denormals as zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attntune.target import Target
+
+LANES = 16
+
+_LLVM_IR = """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
+declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
+
+define linkonce_odr <16 x float> @attntune_bf16_dot(<16 x float> %c, <16 x i32> %a, <16 x i32> %b) alwaysinline {
+  %x = bitcast <16 x i32> %a to <32 x bfloat>
+  %y = bitcast <16 x i32> %b to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %c, <32 x bfloat> %x, <32 x bfloat> %y)
+  ret <16 x float> %r
+}
+
+define linkonce_odr <16 x i16> @attntune_bf16_round(<16 x float> %x) alwaysinline {
+  %y = call <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float> %x)
+  %r = bitcast <16 x bfloat> %y to <16 x i16>
+  ret <16 x i16> %r
+}
+
+define linkonce_odr <16 x i32> @attntune_bf16_round_pair(<16 x float> %low, <16 x float> %high) alwaysinline {
+  %y = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float> %high, <16 x float> %low)
+  %z = bitcast <32 x bfloat> %y to <32 x i16>
+  %s = shufflevector <32 x i16> %z, <32 x i16> poison, <32 x i32> <SHUFFLE>
+  %r = bitcast <32 x i16> %s to <16 x i32>
+  ret <16 x i32> %r
+}
+""".replace("SHUFFLE", ", ".join(f"i32 {lane}, i32 {lane + LANES}" for lane in range(LANES)))
+
+#: Annotation for one loop of a kernel that calls functions of this module.
+IMPORT: Mapping[str, str] = {"pragma_import_llvm": _LLVM_IR}
+
+
+def available(target: Target) -> bool:
+    """Whether ``target`` multiplies pairs of bfloat16 in 512-bit registers."""
+    return target.kind == "cpu" and target.has("avx512bf16") and target.vector_bits == 512
+
+
+# -- vectors -----------------------------------------------------------------------------------------------------------
+
+
+def dot(acc: Any, a: Any, b: Any) -> Any:
+    """``acc + a.low · b.low + a.high · b.high`` lane by lane: float32x16 from float32x16 and two int32x16 of pairs."""
+    from tvm import tirx
+
+    return tirx.call_pure_extern("float32x16", "attntune_bf16_dot", acc, a, b)
+
+
+def round_to_bits(x: Any) -> Any:
+    """float32x16 to the bits of bfloat16, uint16x16, to nearest even; denormals become zero, NaN stays NaN."""
+    from tvm import tirx
+
+    return tirx.call_pure_extern("uint16x16", "attntune_bf16_round", x)
+
+
+def round_to_pairs(low: Any, high: Any) -> Any:
+    """Two float32x16 to one int32x16 of pairs, rounded as :func:`round_to_bits`."""
+    from tvm import tirx
+
+    return tirx.call_pure_extern("int32x16", "attntune_bf16_round_pair", low, high)
+
+
+def pairs_of_bits(low: Any, high: Any) -> Any:
+    """Two uint16x16 of bits to one int32x16 of pairs."""
+    from tvm import tirx
+
+    wide = f"int32x{LANES}"
+    return tirx.Cast(wide, low) | (tirx.Cast(wide, high) << tirx.Broadcast(tirx.const(16, "int32"), LANES))
+
+
+def from_bits(bits: Any, lanes: int = 1) -> Any:
+    """Bits of bfloat16, uint16 with ``lanes`` lanes, to float32, exactly."""
+    from tvm import tirx
+
+    suffix = f"x{lanes}" if lanes > 1 else ""
+    shift = tirx.const(16, "int32")
+    wide = tirx.Cast(f"int32{suffix}", bits) << (tirx.Broadcast(shift, lanes) if lanes > 1 else shift)
+    return tirx.reinterpret(f"float32{suffix}", wide)
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def view(argument: Any, dtype: str) -> Any:
+    """In a kernel being written by ``IRBuilder``: a bfloat16 argument's memory as ``int32`` pairs or ``uint16`` bits.
+
+    Pairs run along the last axis, whose extent must be even.
+    """
+    from tvm.tirx.script.builder import ir as T
+
+    *lead, last = (int(extent) for extent in argument.shape)
+    assert dtype == "uint16" or last % 2 == 0, f"expected an even last axis to view as pairs, got {last}"
+    return T.decl_buffer((*lead, last if dtype == "uint16" else last // 2), dtype, data=argument.data)
+
+
+def declare_arguments(function: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """A scheduled PrimFunc, with the arguments named in ``shapes`` declared as bfloat16 of that shape.
+
+    ::
+
+        main(x: int32[m, k/2], …): root block
+        →
+        main(x: bfloat16[m, k], …): root block with x_view: int32[m, k/2] over x's memory
+
+    For kernels that ``te.create_prim_func`` and schedules make on ``int32`` pairs or ``uint16`` bits. The shapes must
+    have as many bytes as those they replace, in the same order in memory.
+    """
+    from tvm import tirx
+
+    parameters, views = [], []
+    for parameter in function.params:
+        if parameter.name in shapes:
+            argument = tirx.decl_buffer(shapes[parameter.name], "bfloat16", parameter.name)
+            views.append(tirx.DeclBuffer(parameter, data=argument.data))
+            parameters.append(argument)
+        else:
+            parameters.append(parameter)
+    assert len(views) == len(shapes), f"expected parameters {sorted(shapes)}, got {[p.name for p in function.params]}"
+    realize = function.body
+    root = realize.block
+    block = type(root)(
+        root.iter_vars, root.reads, root.writes, root.name_hint, tirx.SeqStmt([*views, root.body]), root.init,
+        root.alloc_buffers, root.match_buffers, root.annotations,
+    )  # fmt: skip
+    body = type(realize)(realize.iter_values, realize.predicate, block)
+    return tirx.PrimFunc(parameters, body, function.ret_type, function.attrs)
