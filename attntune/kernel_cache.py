@@ -89,6 +89,15 @@ class KernelCache:
                 self._functions[workload] = self._load(workload)
             return self._functions[workload]
 
+    def library(self, workload: Workload) -> tuple[Path, dict[str, Any]]:
+        """The shared library of a kernel, built if need be, and what is known of it: template, config, source, errors.
+
+        Raises:
+            CompileError: see :meth:`function`.
+        """
+        with self._lock:
+            return self._library(workload)
+
     def has_template(self, workload: Workload) -> bool:
         """Whether a template made for this operator schedules it, rather than the generic one."""
         return template_for(workload, self.target) not in GENERIC.values()
@@ -128,17 +137,22 @@ class KernelCache:
     # -- one kernel ----------------------------------------------------------------------------------------------------
 
     def _load(self, workload: Workload) -> Any:
+        library, _ = self._library(workload)
+        return load_runtime().load_module(str(library)).get_function("main")
+
+    def _library(self, workload: Workload) -> tuple[Path, dict[str, Any]]:
         if self._database is None:
             self._database = Database()
         template = template_for(workload, self.target)
         choice = self._database.lookup(workload, self.target, template)
         key = self._key(workload, template, choice)
-        library = self.folder / f"{key}.so"
-        if not self._valid(key):
+        manifest = self._manifest(key)
+        if manifest is None:
             with FileLock(self.folder / f"{key}.lock"):
-                if not self._valid(key):  # else another process built it meanwhile
-                    self._build(workload, template, choice, key)
-        return load_runtime().load_module(str(library)).get_function("main")
+                manifest = self._manifest(key)  # another process may have built it meanwhile
+                if manifest is None:
+                    manifest = self._build(workload, template, choice, key)
+        return self.folder / f"{key}.so", manifest
 
     def _key(self, workload: Workload, template: ScheduleTemplate, choice: Choice) -> str:
         parts = (
@@ -147,14 +161,16 @@ class KernelCache:
         )  # fmt: skip
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
-    def _valid(self, key: str) -> bool:
+    def _manifest(self, key: str) -> dict[str, Any] | None:
+        """What is known of a library on disk; None when it is missing, damaged or incomplete."""
         try:
             manifest = json.loads((self.folder / f"{key}.json").read_text())
-            return bool(manifest["sha256"] == sha256(self.folder / f"{key}.so"))
+            whole = manifest["sha256"] == sha256(self.folder / f"{key}.so")
         except (OSError, ValueError, KeyError, TypeError):
-            return False
+            return None
+        return dict(manifest) if whole else None
 
-    def _build(self, workload: Workload, template: ScheduleTemplate, choice: Choice, key: str) -> None:
+    def _build(self, workload: Workload, template: ScheduleTemplate, choice: Choice, key: str) -> dict[str, Any]:
         """Build with the chosen config, or with the default where that config gives no right kernel."""
         default = template.default(workload, self.target)
         problems = []
@@ -182,7 +198,7 @@ class KernelCache:
                 described.write_text(json.dumps(manifest, indent=1))
                 for file in (path, described):
                     file.replace(self.folder / file.name)
-                return
+                return manifest
         raise CompileError(f"no kernel for {workload} on {self.target.key()} is right; tried {'; '.join(problems)}")
 
     def _build_and_check(self, trial: Trial, path: Path) -> tuple[float, Evaluation]:
