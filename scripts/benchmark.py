@@ -58,7 +58,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; all by default")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds of each case (9)")
-    parser.add_argument("--only", default="", help="only cases whose group and label (model and shape) hold all of these words")
+    parser.add_argument(
+        "--only", default="", help="only cases whose group and label (model and shape) hold all of these words"
+    )
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="of kernels and encoders (%(default)s)")
     parser.add_argument("--caches", default="hot,cold", help="of kernels (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of every engine (2)")
