@@ -8,6 +8,7 @@ from attntune.errors import ScheduleError, TargetError
 from attntune.ops.workload import Workload
 from attntune.target import Target
 from attntune.templates.cpu.attention import AttentionCPU
+from attntune.templates.cpu.attention_decode import AttentionDecodeCPU
 from attntune.templates.cpu.embedding_norm import EmbeddingNormCPU
 from attntune.templates.cpu.generic import GenericCPU
 from attntune.templates.cpu.layer_norm import LayerNormCPU
@@ -19,6 +20,7 @@ from attntune.templates.template import Packing, ScheduleTemplate
 #: Every template; of those for one operator and kind of target, the first that supports a workload schedules it. A new
 #: template adds one line here.
 REGISTRY: tuple[ScheduleTemplate, ...] = (
+    AttentionDecodeCPU(),
     AttentionCPU(),
     EmbeddingNormCPU(),
     LayerNormCPU(),
