@@ -1,0 +1,92 @@
+"""TVM's own MetaSchedule on a model's workloads: the search, in a process that is killed when its time is up.
+
+The workloads are the tensor expressions that attntune's templates schedule, weights as they come. Every measured
+schedule goes into MetaSchedule's JSON database at once, so what was found before the end is kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attntune.engines.graph import ModelGraph
+
+if TYPE_CHECKING:
+    from attntune.ops import Workload
+
+#: Trials of one task before the next has its turn. MetaSchedule's own 64 would spend a minute on the first task alone.
+_TRIALS_PER_TURN = 8
+_MAX_TRIALS = 10_000
+_TRIAL_TIMEOUT_SECS = 10.0
+
+
+def workloads_of(graph: ModelGraph, entry: str, dims: Mapping[str, int]) -> dict[Workload, int]:
+    """The distinct workloads of one run, those with the most work first, and how many of its calls each is."""
+    constants = frozenset(graph.weights)
+    counts = Counter(call.workload(dims, constants) for call in graph.calls(entry))
+    # MetaSchedule takes its first turns in this order: with little time, it must go where it counts.
+    return dict(sorted(counts.items(), key=lambda pair: -pair[0].flops() * pair[1]))
+
+
+def module_of(workload: Workload) -> Any:
+    """The workload's tensor expression as an ``IRModule`` with one function, ``main``, not yet scheduled."""
+    import tvm
+    from tvm import te
+
+    # MetaSchedule would count the operations itself, and fails at the first bound intermediate value (prim.Let).
+    attributes = {"global_symbol": "main", "estimated_flops": workload.flops()}
+    return tvm.IRModule({"main": te.create_prim_func(workload.compute()).with_attrs(attributes)})
+
+
+def open_database(folder: str | Path) -> Any:
+    """MetaSchedule's JSON database in ``folder``."""
+    from tvm.s_tir import meta_schedule
+
+    return meta_schedule.database.JSONDatabase(work_dir=str(folder))
+
+
+def warm_up() -> None:
+    """Import what the search would import first, which takes 12 s: part of starting a process, not of tuning."""
+    import tvm.s_tir.meta_schedule
+    import tvm.s_tir.tensor_intrin  # noqa: F401
+
+
+def tune(graph_folder: str, entry: str, dims: Mapping[str, int], target_fields: Mapping[str, Any], folder: str) -> int:
+    """Tune until killed, or until the trials run out; measured schedules are in the database of ``folder``.
+
+    Returns:
+        How many tasks there were.
+    """
+    from tvm.s_tir import meta_schedule
+
+    from attntune.target import Target
+
+    target = Target.from_json(target_fields)
+    workloads = workloads_of(ModelGraph.load(graph_folder), entry, dims)
+    tvm_target = target.to_tvm()
+    contexts = [
+        meta_schedule.TuneContext(
+            mod=module_of(workload),
+            target=tvm_target,
+            space_generator="post-order-apply",
+            search_strategy="evolutionary",
+            task_name=f"{workload.op}_{number}",
+            rand_state=number + 1,
+            num_threads=target.cores,
+        )
+        for number, workload in enumerate(workloads)
+    ]
+    meta_schedule.tune.tune_tasks(
+        tasks=[context.clone() for context in contexts],
+        task_weights=[float(count) for count in workloads.values()],
+        work_dir=folder,
+        max_trials_global=_MAX_TRIALS,
+        num_trials_per_iter=_TRIALS_PER_TURN,
+        builder=meta_schedule.builder.LocalBuilder(max_workers=target.cores, timeout_sec=_TRIAL_TIMEOUT_SECS),
+        runner=meta_schedule.runner.LocalRunner(timeout_sec=_TRIAL_TIMEOUT_SECS),
+        database=open_database(folder),
+        cost_model="xgb",
+    )
+    return len(contexts)
