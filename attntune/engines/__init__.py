@@ -6,6 +6,7 @@ import importlib
 
 from attntune.engines.attntune_ import AttntuneEngine
 from attntune.engines.engine import Engine, ModelSource
+from attntune.engines.metaschedule import MetaScheduleEngine
 from attntune.engines.onnxruntime_ import OnnxRuntimeEngine
 from attntune.engines.openvino_ import OpenVinoBFloat16Engine, OpenVinoEngine
 from attntune.engines.pytorch import PyTorchBFloat16Engine, PyTorchEngine
@@ -31,6 +32,7 @@ ENGINES: dict[str, type[Engine]] = {
         PyTorchMaxAutotuneEngine,
         ZentorchEngine,
         ZentorchBFloat16Engine,
+        MetaScheduleEngine,
     )
 }
 

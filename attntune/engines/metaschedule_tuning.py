@@ -1,4 +1,4 @@
-"""TVM's own MetaSchedule on a model's workloads: the search, in a process that is killed when its time is up.
+"""TVM's own MetaSchedule on a model's workloads: the search, which runs until it is killed, and what it found.
 
 The workloads are the tensor expressions that attntune's templates schedule, weights as they come. Every measured
 schedule goes into MetaSchedule's JSON database at once, so what was found before the end is kept.
@@ -7,14 +7,18 @@ schedule goes into MetaSchedule's JSON database at once, so what was found befor
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from attntune.engines.graph import ModelGraph
+from attntune.models.model import bind
 
 if TYPE_CHECKING:
     from attntune.ops import Workload
+    from attntune.target import Target
 
 #: Trials of one task before the next has its turn. MetaSchedule's own 64 would spend a minute on the first task alone.
 _TRIALS_PER_TURN = 8
@@ -90,3 +94,59 @@ def tune(graph_folder: str, entry: str, dims: Mapping[str, int], target_fields: 
         cost_model="xgb",
     )
     return len(contexts)
+
+
+def best_kernels(folder: str, workloads: Iterable[Workload], target: Target) -> tuple[dict[Workload, Any], int]:
+    """The fastest schedule measured of each workload that has one, as a TVM function, and how many were measured."""
+    database = open_database(folder)
+    kernels = {}
+    for workload in workloads:
+        if (module := database.query_ir_module(module_of(workload), target.to_tvm(), "main")) is not None:
+            kernels[workload] = module["main"]
+    return kernels, len(database)
+
+
+def compile_model(
+    graph: ModelGraph, entry: str, dims: Mapping[str, int], kernels: Mapping[Workload, Any], target: Target
+) -> Callable[..., Any]:
+    """One entry at one shape, built of the given kernels; takes and returns TVM tensors, weights bound."""
+    import tvm
+    from tvm import relax
+
+    from attntune.templates import lowering
+
+    builder = relax.BlockBuilder()
+    variables = {
+        workload: builder.add_func(function.without_attr("global_symbol"), f"kernel_{number}")
+        for number, (workload, function) in enumerate(kernels.items())
+    }
+    constants = frozenset(graph.weights)
+    signature, calls = graph.entries[entry], graph.calls(entry)
+    used = dict.fromkeys(arg for call in calls for arg in call.args if arg in constants)
+    values = {
+        spec.name: relax.Var(spec.name, relax.TensorType(bind(spec.dims, dims), spec.dtype))
+        for spec in signature.inputs
+    }
+    for number, name in enumerate(used):
+        weight = graph.weights[name]
+        values[name] = relax.Var(f"weight_{number}", relax.TensorType(weight.shape, weight.dtype.name))
+
+    def shaped(value: Any, shape: tuple[int, ...]) -> Any:
+        same = tuple(int(dim) for dim in value.ty.shape) == tuple(shape)
+        return value if same else builder.emit(relax.op.reshape(value, shape))
+
+    with builder.function("main", list(values.values())):
+        with builder.dataflow():
+            for call in calls:
+                workload = call.workload(dims, constants)
+                operands = [shaped(values[a], s.shape) for a, s in zip(call.args, workload.inputs(), strict=True)]
+                (out,) = workload.outputs()
+                result = relax.call_tir(variables[workload], operands, relax.TensorType(out.shape, out.dtype))
+                values[call.result] = builder.emit(result)
+            finals = [shaped(values[spec.name], bind(spec.dims, dims)) for spec in signature.outputs]
+            output = builder.emit_output(finals[0] if len(finals) == 1 else relax.Tuple(finals))
+        builder.emit_func_output(output)
+    machine = relax.VirtualMachine(lowering.build(builder.get(), target), tvm.cpu())
+    weights = [tvm.runtime.tensor(np.ascontiguousarray(graph.weights[name])) for name in used]
+    function = machine["main"]
+    return lambda *inputs: function(*inputs, *weights)
