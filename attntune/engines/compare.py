@@ -113,9 +113,9 @@ class _Checked:
             Outcome.FAILED if failure else self.outcome,
             () if failure else tuple(rounds),
             None if found is None else found.max_abs_error,
-            None if found is None else found.min_cosine,
             self.variant,
             failure or self.message,
+            None if found is None else found.min_cosine,
         )
 
 

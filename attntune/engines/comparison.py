@@ -62,11 +62,11 @@ class Result:
     """Seconds of every call, one tuple per round; round i of all engines ran one after another."""
     max_abs_error: float | None = None
     """Against the float64 reference."""
-    min_cosine: float | None = None
-    """Of the worst output row with the reference's."""
     variant: str = ""
     """Which of its configurations the engine chose."""
     message: str = ""
+    min_cosine: float | None = None
+    """Of the worst output row with the reference's."""
 
     def __post_init__(self) -> None:
         if bool(self.rounds) != (self.outcome is Outcome.OK) or not all(self.rounds):

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 #: Trials of one task before the next has its turn. MetaSchedule's own 64 would spend a minute on the first task alone.
 _TRIALS_PER_TURN = 8
 _MAX_TRIALS = 10_000
-_TRIAL_TIMEOUT_SECS = 10.0
 
 
 def workloads_of(graph: ModelGraph, entry: str, dims: Mapping[str, int]) -> dict[Workload, int]:
@@ -88,8 +87,8 @@ def tune(graph_folder: str, entry: str, dims: Mapping[str, int], target_fields: 
         work_dir=folder,
         max_trials_global=_MAX_TRIALS,
         num_trials_per_iter=_TRIALS_PER_TURN,
-        builder=meta_schedule.builder.LocalBuilder(max_workers=target.cores, timeout_sec=_TRIAL_TIMEOUT_SECS),
-        runner=meta_schedule.runner.LocalRunner(timeout_sec=_TRIAL_TIMEOUT_SECS),
+        builder=meta_schedule.builder.LocalBuilder(max_workers=target.cores),
+        runner=meta_schedule.runner.LocalRunner(),
         database=open_database(folder),
         cost_model="xgb",
     )
