@@ -75,7 +75,7 @@ def comparison_section(comparison: Comparison, plot: str | None) -> list[str]:
     own = [*(name for name in names if name == BASELINE), *peers]
     if own:
         lines += [
-            f"Engines that compute in {comparison.precision(BASELINE)}. Median milliseconds (interquartile range). Then",
+            f"Engines that compute in {comparison.precision(BASELINE)}. Median ms (interquartile range). Then",
             "how many times as long as attntune each engine takes, with a 95 % interval: above 1, attntune is faster.",
             "Last, the same of whichever other engine is the fastest in that case.",
             "",

@@ -25,7 +25,7 @@ def test_rounding_to_bfloat16_passes_its_parity_and_not_float32s():
     (ROWS * 2.0, "norm"),
     (-ROWS, "cosine"),
     (np.concatenate([ROWS[:1], RNG.standard_normal((1, 3, 64))]), "cosine"),
-    (np.where(ROWS == ROWS[0, 0, 0], np.nan, ROWS), "cosine"),
+    (np.where(ROWS[0, 0, 0] == ROWS, np.nan, ROWS), "cosine"),
     (ROWS[:1], "shape"),
 ])  # fmt: skip
 def test_one_wrong_row_or_a_wrong_scale_is_seen(wrong, problem):
