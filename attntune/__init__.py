@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attntune import errors, models
+    from attntune import errors, functional, models
     from attntune.compiler import compile
     from attntune.runtime import load
     from attntune.target import Target
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Target", "__version__", "compile", "errors", "load", "models", "tune"]
+__all__ = ["Target", "__version__", "compile", "errors", "functional", "load", "models", "tune"]
 
 _HOMES = {
     "Target": "attntune.target",
@@ -25,7 +25,7 @@ _HOMES = {
     "load": "attntune.runtime",
     "tune": "attntune.tuner",
 }
-_MODULES = ("errors", "models")
+_MODULES = ("errors", "functional", "models")
 
 
 def __getattr__(name: str) -> Any:

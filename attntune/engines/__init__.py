@@ -6,13 +6,34 @@ import importlib
 
 from attntune.engines.attntune_ import AttntuneEngine
 from attntune.engines.engine import Engine, ModelSource
+from attntune.engines.metaschedule import MetaScheduleEngine
 from attntune.engines.onnxruntime_ import OnnxRuntimeEngine
-from attntune.engines.pytorch import PyTorchCompileEngine, PyTorchEngine
+from attntune.engines.openvino_ import OpenVinoBFloat16Engine, OpenVinoEngine
+from attntune.engines.pytorch import PyTorchBFloat16Engine, PyTorchEngine
+from attntune.engines.torch_compile import (
+    PyTorchCompileEngine,
+    PyTorchMaxAutotuneEngine,
+    ZentorchBFloat16Engine,
+    ZentorchEngine,
+)
 from attntune.errors import EngineError
 
 #: Engines by name. A new engine adds one line here.
 ENGINES: dict[str, type[Engine]] = {
-    cls.name: cls for cls in (AttntuneEngine, OnnxRuntimeEngine, PyTorchEngine, PyTorchCompileEngine)
+    cls.name: cls
+    for cls in (
+        AttntuneEngine,
+        OnnxRuntimeEngine,
+        OpenVinoEngine,
+        OpenVinoBFloat16Engine,
+        PyTorchEngine,
+        PyTorchBFloat16Engine,
+        PyTorchCompileEngine,
+        PyTorchMaxAutotuneEngine,
+        ZentorchEngine,
+        ZentorchBFloat16Engine,
+        MetaScheduleEngine,
+    )
 }
 
 __all__ = ["ENGINES", "Engine", "ModelSource", "engine"]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from attntune.engines.engine import Engine, ModelSource
+from attntune.engines.parity import FLOAT32
 from attntune.errors import EngineError
 
 
@@ -25,6 +26,7 @@ class AttntuneEngine(Engine):
 
         self._tuned = load(source.artifact, cores=threads)
         self._source = source
+        self.precision = str(self._tuned.manifest.get("precision", FLOAT32))
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """NumPy in, NumPy out."""
@@ -37,10 +39,11 @@ class AttntuneEngine(Engine):
         return lambda: run(entry, **arguments)
 
     def describe(self) -> dict[str, Any]:
-        """Version of attntune."""
+        """Version of attntune; the title says the artifact's precision where it is not float32."""
         from attntune import __version__
 
-        return {"version": __version__}
+        title = self.title if self.precision == FLOAT32 else f"{self.title} {self.precision}"
+        return {"title": title, "version": __version__}
 
 
 def named_outputs(result: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:

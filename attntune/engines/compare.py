@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from attntune.engines import ENGINES
 from attntune.engines import engine as engine_class
 from attntune.engines.comparison import BASELINE, Case, Comparison, Outcome, Result
-from attntune.engines.engine import ModelSource
+from attntune.engines.engine import Engine, ModelSource
 from attntune.engines.graph import ModelGraph
+from attntune.engines.parity import Agreement, agreement, parity_of
 from attntune.errors import AttntuneError, EngineError
 from attntune.interop import evaluate, export_onnx, sample_inputs
 from attntune.interop.onnx_export import OPSETS
@@ -57,16 +59,21 @@ class CompareOptions:
     caches: tuple[str, ...] = ("hot",)
     """``hot``, ``cold`` or both."""
     tolerance: float = 1e-4
-    """Maximum absolute error, times the reference's largest value where that exceeds 1."""
+    """Of float32 engines: maximum absolute error, times the reference's largest value where that exceeds 1. Engines of
+    other precisions are held to :data:`attntune.engines.parity.PARITY`."""
+    tuning_secs: float = 60.0
+    """What an engine that tunes (:attr:`Engine.tunes`) may spend on each shape."""
     seed: int = 0
     timeout_secs: float = 600.0
-    """For one request to an engine's process: loading, checking or one turn."""
+    """For one request to an engine's process: loading, checking (besides what tuning takes) or one turn."""
     plugin_paths: tuple[str, ...] = ()
     """Directories from which processes import engines named ``module:Class``."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.min_calls < 1 or self.max_calls < self.min_calls:
             raise EngineError(f"expected rounds >= 1 and 1 <= min_calls <= max_calls, got {self}")
+        if self.tuning_secs <= 0:
+            raise EngineError(f"expected tuning_secs > 0, got {self.tuning_secs}")
         if unknown := {*self.caches} - {"hot", "cold"}:
             raise EngineError(f"unknown cache states {sorted(unknown)}; expected 'hot' or 'cold'")
 
@@ -80,6 +87,48 @@ class _Runner:
     info: dict[str, Any] = field(default_factory=dict)
     problem: tuple[Outcome, str] | None = None
     """Why it cannot run any case."""
+
+    @property
+    def precision(self) -> str:
+        return str(self.info["precision"])
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """An engine's result for one set of inputs: right when ``outcome`` is ok, and only then timed."""
+
+    runner: _Runner
+    outcome: Outcome
+    agreement: Agreement | None = None
+    message: str = ""
+    variant: str = ""
+    calls: int = 0
+    """Per turn."""
+
+    def result(self, case: Case, rounds: Sequence[tuple[float, ...]] = (), failure: str = "") -> Result:
+        found = self.agreement
+        return Result(
+            self.runner.name,
+            case,
+            Outcome.FAILED if failure else self.outcome,
+            () if failure else tuple(rounds),
+            None if found is None else found.max_abs_error,
+            self.variant,
+            failure or self.message,
+            None if found is None else found.min_cosine,
+        )
+
+
+def engines_at(*precisions: str) -> tuple[str, ...]:
+    """Every engine of the registry that computes in one of ``precisions``, but attntune's own and those that tune.
+
+    Raises:
+        EngineError: naming the precision that no engine has.
+    """
+    known = {cls.precision for name, cls in ENGINES.items() if name != BASELINE}
+    if unknown := [precision for precision in precisions if precision not in known]:
+        raise EngineError(f"no engine computes in {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
+    return tuple(n for n, cls in ENGINES.items() if n != BASELINE and cls.precision in precisions and not cls.tunes)
 
 
 def compare(
@@ -123,7 +172,7 @@ def compare(
         raise EngineError(f"expected at least one engine and one shape, got {list(engines)} and {list(shapes)}")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="attntune-compare-")))
-        source = make_source(model, entry, folder, artifact, classes)
+        source = make_source(model, entry, folder, artifact, classes, options.tuning_secs)
         runners = [_open(stack, name, source, target, options, say) for name in classes]
         state = machine_state(target)
         results: list[Result] = []
@@ -136,24 +185,37 @@ def compare(
         threads=target.cores,
         results=tuple(results),
         engines={runner.name: runner.info for runner in runners},
-        settings={name: getattr(options, name) for name in options.__dataclass_fields__},
+        settings={
+            **{name: getattr(options, name) for name in options.__dataclass_fields__},
+            "parity": {p: parity_of(p, options.tolerance).text() for p in sorted({r.precision for r in runners})},
+        },
         machine=state,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
-def make_source(model: Model, entry: str, folder: Path, artifact: Any, engines: Mapping[str, Any]) -> ModelSource:
+def make_source(
+    model: Model,
+    entry: str,
+    folder: Path,
+    artifact: Any,
+    engines: Mapping[str, type[Engine]],
+    tuning_secs: float = 0.0,
+) -> ModelSource:
     """Write what the named engines need into ``folder``."""
-    onnx: dict[str, str] = {}
-    if "onnxruntime" in engines and engines["onnxruntime"].unavailable() is None:
-        for style in OPSETS:
-            onnx[style] = str(export_onnx(model, folder / f"{style}.onnx", attention=style, entry=entry))
+    wanted = {style for cls in engines.values() if cls.unavailable() is None for style in cls.onnx_styles}
+    onnx = {
+        style: str(export_onnx(model, folder / f"{style}.onnx", attention=style, entry=entry))
+        for style in OPSETS
+        if style in wanted
+    }
     graph = ""
     if any(name != BASELINE for name in engines):
         ModelGraph.of(model, entry).save(folder / "graph")
         graph = str(folder / "graph")
     where = "" if artifact is None else str(getattr(artifact, "folder", artifact))
-    return ModelSource(entry, tuple(spec.name for spec in model.entries[entry].outputs), graph, onnx, where)
+    outputs = tuple(spec.name for spec in model.entries[entry].outputs)
+    return ModelSource(entry, outputs, graph, onnx, where, tuning_secs)
 
 
 def _open(
@@ -165,7 +227,7 @@ def _open(
     say: Callable[[str], None],
 ) -> _Runner:
     cls = engine_class(name)
-    runner = _Runner(name, info={"title": cls.title})
+    runner = _Runner(name, info={"title": cls.title, "precision": cls.precision})
     if (reason := cls.unavailable()) is not None:
         runner.problem = (Outcome.UNAVAILABLE, reason)
         say(f"{cls.title}: {reason}")
@@ -198,16 +260,15 @@ def _run_case(
     inputs = sample_inputs(model, dims, entry=entry, mask=mask, seed=options.seed)
     expected = evaluate(model, inputs, entry)
     key = Case(dims, mask).label()
-    correct: dict[str, tuple[_Runner, float, str, int]] = {}
+    correct: dict[str, _Checked] = {}
     for runner in runners:
         checked = _check(runner, key, inputs, expected, options)
-        if isinstance(checked, tuple):
-            correct[runner.name] = (runner, *checked)
+        if checked.outcome is Outcome.OK:
+            correct[runner.name] = checked
             continue
-        outcome, error, message = checked["outcome"], checked["error"], checked["message"]
-        say(f"{key}: {runner.info['title']} {outcome}: {message}")
+        say(f"{key}: {runner.info['title']} {checked.outcome}: {checked.message}")
         for cache in options.caches:
-            yield Result(runner.name, Case(dims, mask, cache), outcome, max_abs_error=error, message=message)
+            yield checked.result(Case(dims, mask, cache))
     for cache in options.caches:
         case = Case(dims, mask, cache)
         flush_bytes = max(2 * target.l3_bytes, _MIN_FLUSH_BYTES) if cache == "cold" else 0
@@ -220,7 +281,7 @@ def _run_case(
             for name in order:
                 if name in failed:
                     continue
-                runner, _, _, calls = correct[name]
+                runner, calls = correct[name].runner, correct[name].calls
                 time.sleep(options.pause_secs)
                 try:
                     assert runner.process is not None
@@ -235,12 +296,9 @@ def _run_case(
                 except AttntuneError as error:
                     failed[name] = str(error)
                     runner.problem = (Outcome.FAILED, str(error))
-        for name, (_, error_, variant, _) in correct.items():
-            if name in failed:
-                yield Result(name, case, Outcome.FAILED, max_abs_error=error_, variant=variant, message=failed[name])
-            else:
-                yield Result(name, case, Outcome.OK, tuple(rounds[name]), error_, variant)
-        correct = {name: entry_ for name, entry_ in correct.items() if name not in failed}
+        for name, checked in correct.items():
+            yield checked.result(case, rounds[name], failed.get(name, ""))
+        correct = {name: checked for name, checked in correct.items() if name not in failed}
 
 
 def _check(
@@ -249,43 +307,22 @@ def _check(
     inputs: Mapping[str, np.ndarray],
     expected: Mapping[str, np.ndarray],
     options: CompareOptions,
-) -> tuple[float, str, int] | dict[str, Any]:
-    """``(max_abs_error, variant, calls per turn)`` of an engine that is right; else why it is not timed."""
+) -> _Checked:
     if runner.problem is not None:
-        return {"outcome": runner.problem[0], "error": None, "message": runner.problem[1]}
+        return _Checked(runner, runner.problem[0], message=runner.problem[1])
     assert runner.process is not None
     time.sleep(options.pause_secs)
+    tuning_secs = options.tuning_secs if engine_class(runner.name).tunes else 0.0
     try:
         got, variant, secs = runner.process.call(
-            "attntune.engines.session:outputs", key, dict(inputs), timeout_secs=options.timeout_secs
+            "attntune.engines.session:outputs", key, dict(inputs), timeout_secs=options.timeout_secs + tuning_secs
         )
     except AttntuneError as error:
         if runner.process.pid is None:  # its process died and took the loaded model with it
             runner.problem = (Outcome.FAILED, str(error))
-        return {"outcome": Outcome.FAILED, "error": None, "message": str(error)}
-    error_, problem = difference(got, expected, options.tolerance)
-    if problem:
-        return {"outcome": Outcome.WRONG_RESULT, "error": error_, "message": problem}
+        return _Checked(runner, Outcome.FAILED, message=str(error))
+    found = agreement(got, expected, parity_of(runner.precision, options.tolerance))
+    if found.problem:
+        return _Checked(runner, Outcome.WRONG_RESULT, found, found.problem, variant)
     calls = min(max(round(options.turn_secs / max(secs, 1e-9)), options.min_calls), options.max_calls)
-    return error_, variant, calls
-
-
-def difference(
-    got: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], tolerance: float
-) -> tuple[float, str]:
-    """Largest absolute error over all outputs, and what is wrong (empty when nothing is)."""
-    worst, problems = 0.0, []
-    for name, reference in expected.items():
-        value = got.get(name)
-        if value is None or value.shape != reference.shape:
-            shape = None if value is None else value.shape
-            problems.append(f"{name}: expected shape {reference.shape}, got {shape}")
-            worst = float("inf")
-            continue
-        error = float(np.abs(value.astype(np.float64) - reference).max(initial=0.0))
-        error = error if np.isfinite(error) else float("inf")
-        limit = tolerance * max(1.0, float(np.abs(reference).max(initial=0.0)))
-        worst = max(worst, error)
-        if error > limit:
-            problems.append(f"{name}: max abs error {error:.3g}, expected at most {limit:.3g}")
-    return worst, "; ".join(problems)
+    return _Checked(runner, Outcome.OK, found, variant=variant, calls=calls)

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from attntune.engines.parity import FLOAT32
 from attntune.errors import EngineError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BASELINE = "attntune"
 _RESAMPLES = 2000
 
@@ -64,6 +65,8 @@ class Result:
     variant: str = ""
     """Which of its configurations the engine chose."""
     message: str = ""
+    min_cosine: float | None = None
+    """Of the worst output row with the reference's."""
 
     def __post_init__(self) -> None:
         if bool(self.rounds) != (self.outcome is Outcome.OK) or not all(self.rounds):
@@ -150,9 +153,9 @@ class Comparison:
     threads: int
     results: tuple[Result, ...]
     engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Engine → title, version and configuration."""
+    """Engine → title, precision, version and configuration."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Rounds, seconds per turn, pause, tolerance, seed."""
+    """Rounds, seconds per turn, pause, parity demanded of each precision, seed."""
     machine: Mapping[str, Any] = field(default_factory=dict)
     """See ``measure/machine.py``."""
     time: str = ""
@@ -162,6 +165,15 @@ class Comparison:
     def title(self, engine: str) -> str:
         """An engine's name in reports."""
         return str(self.engines.get(engine, {}).get("title", engine))
+
+    def precision(self, engine: str) -> str:
+        """What an engine computes in: ``float32``, ``bfloat16`` or ``int8``."""
+        return str(self.engines.get(engine, {}).get("precision", FLOAT32))
+
+    def peers(self) -> tuple[str, ...]:
+        """The other engines at attntune's own precision: those that it is fair to be faster than."""
+        own = self.precision(BASELINE)
+        return tuple(n for n in self.engine_names() if n != BASELINE and self.precision(n) == own)
 
     def cases(self) -> tuple[Case, ...]:
         """Every case, in the order run."""
@@ -183,11 +195,16 @@ class Comparison:
             return None
         return paired_ratio(theirs.round_medians, ours.round_medians)
 
+    def best_peer(self, case: Case) -> tuple[str, Ratio] | None:
+        """The fastest other engine at attntune's precision, and its ratio; None unless it and attntune were timed."""
+        ratios = [(name, ratio) for name in self.peers() if (ratio := self.ratio(name, case)) is not None]
+        return min(ratios, key=lambda pair: pair[1].value, default=None)
+
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready fields, raw samples included; ``summary`` repeats medians and ratios for readers."""
+        """JSON-ready fields, raw samples included; ``summary`` and ``best`` repeat what follows from them."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         results = [{**dataclasses.asdict(r), "outcome": str(r.outcome)} for r in self.results]
-        return {**fields, "results": results, "summary": self.summary()}
+        return {**fields, "results": results, "summary": self.summary(), "best": self.best()}
 
     def summary(self) -> list[dict[str, Any]]:
         """One row per engine and case: outcome, median, quartiles, and the ratio to attntune with its interval."""
@@ -199,14 +216,34 @@ class Comparison:
             rows.append(
                 {
                     "engine": result.engine,
+                    "precision": self.precision(result.engine),
                     "case": result.case.label(),
                     "outcome": str(result.outcome),
                     "median_secs": result.median_secs if timed else None,
                     "quartiles_secs": [low, high] if timed else None,
                     "max_abs_error": result.max_abs_error,
+                    "min_cosine": result.min_cosine,
                     "ratio": None if ratio is None else [ratio.value, ratio.low, ratio.high],
                     "verdict": None if ratio is None else ratio.verdict,
                     "message": result.message,
+                }
+            )
+        return rows
+
+    def best(self) -> list[dict[str, Any]]:
+        """One row per case: the fastest other engine at attntune's precision, and its ratio."""
+        rows = []
+        for case in self.cases():
+            if (found := self.best_peer(case)) is None:
+                continue
+            name, ratio = found
+            rows.append(
+                {
+                    "case": case.label(),
+                    "precision": self.precision(BASELINE),
+                    "engine": name,
+                    "ratio": [ratio.value, ratio.low, ratio.high],
+                    "verdict": ratio.verdict,
                 }
             )
         return rows

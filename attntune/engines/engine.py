@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from attntune.engines.parity import FLOAT32
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -24,6 +26,8 @@ class ModelSource:
     """Attention style → ``.onnx`` file, see :func:`attntune.interop.export_onnx`."""
     artifact: str = ""
     """A compiled artifact."""
+    tuning_secs: float = 0.0
+    """What an engine that tunes may spend on one shape."""
 
 
 class Engine(ABC):
@@ -36,18 +40,27 @@ class Engine(ABC):
     """In the registry and on the command line."""
     title: ClassVar[str]
     """In reports."""
-    package: ClassVar[str] = ""
-    """Python package it needs; empty when none beyond attntune's own."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Python packages it needs beyond attntune's own."""
     install: ClassVar[str] = ""
     """Command that installs it."""
     env: ClassVar[Mapping[str, str]] = {}
     """Environment of its worker process."""
+    onnx_styles: ClassVar[tuple[str, ...]] = ()
+    """Attention styles of the ONNX files it wants, see :func:`attntune.interop.export_onnx`."""
+    tunes: ClassVar[bool] = False
+    """Whether it spends ``source.tuning_secs`` on every shape; such an engine runs only when it is named."""
+    precision: str = FLOAT32
+    """What it multiplies in: ``float32``, ``bfloat16`` or ``int8``. Sets the parity that is asked of it and the engines
+    that it is compared with; ``load`` may change it."""
 
     @classmethod
     def unavailable(cls) -> str | None:
         """Why this engine cannot run here, with the command that changes it; None when it can."""
-        if cls.package and importlib.util.find_spec(cls.package) is None:
-            return f"{cls.title} needs the package {cls.package}: {cls.install}"
+        missing = [name for name in cls.packages if importlib.util.find_spec(name) is None]
+        if missing:
+            plural = "s" if len(missing) > 1 else ""
+            return f"{cls.title} needs the package{plural} {' and '.join(missing)}: {cls.install}"
         return None
 
     @abstractmethod
@@ -63,7 +76,7 @@ class Engine(ABC):
         return lambda: self.run(inputs)
 
     def describe(self) -> dict[str, Any]:
-        """Version and configuration, for the report."""
+        """Version and configuration, for the report; a ``title`` here replaces the class's."""
         return {}
 
     def bound_variant(self) -> str:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
 from attntune.engines.engine import Engine, ModelSource
+from attntune.engines.fastest import fastest
 from attntune.errors import EngineError
-
-_TRIAL_CALLS = 7
 
 
 class OnnxRuntimeEngine(Engine):
@@ -23,8 +20,9 @@ class OnnxRuntimeEngine(Engine):
 
     name: ClassVar[str] = "onnxruntime"
     title: ClassVar[str] = "ONNX Runtime"
-    package: ClassVar[str] = "onnxruntime"
+    packages: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnx")
     install: ClassVar[str] = "pip install 'attntune[onnx]'"
+    onnx_styles: ClassVar[tuple[str, ...]] = ("decomposed", "standard", "onnxruntime")
 
     def load(self, source: ModelSource, threads: int) -> None:
         """One session per file that this version accepts."""
@@ -49,29 +47,18 @@ class OnnxRuntimeEngine(Engine):
             raise EngineError(f"ONNX Runtime {onnxruntime.__version__} rejects every file: {self._rejected}")
         self._version = onnxruntime.__version__
         self._variant = ""
-        self._fastest = next(iter(self._sessions))
+        self._first = next(iter(self._sessions))
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """By the variant that the last ``bind`` chose, else by the first."""
-        session = self._sessions[self._variant or self._fastest]
+        session = self._sessions[self._variant or self._first]
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, self._accepted(session, inputs)), strict=True))
 
     def bind(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
         """The fastest variant at this shape, by the median of a few calls taken in turn."""
         calls = {style: self._bound(session, inputs) for style, session in self._sessions.items()}
-        if len(calls) > 1:
-            secs: dict[str, list[float]] = {style: [] for style in calls}
-            for turn in range(_TRIAL_CALLS + 1):
-                for style, call in calls.items():
-                    call()
-                    start = time.perf_counter()
-                    call()
-                    if turn:
-                        secs[style].append(time.perf_counter() - start)
-            self._variant = min(calls, key=lambda style: statistics.median(secs[style]))
-        else:
-            self._variant = next(iter(calls))
+        self._variant = fastest(calls)
         return calls[self._variant]
 
     def _bound(self, session: Any, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:

@@ -29,7 +29,7 @@ def open_engine(name: str, source: ModelSource, threads: int) -> dict[str, Any]:
     _engine.load(source, threads)
     _calls.clear()
     _threads = threads
-    return _engine.describe()
+    return {"precision": _engine.precision, **_engine.describe()}
 
 
 def outputs(key: str, inputs: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str, float]:

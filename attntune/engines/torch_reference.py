@@ -196,36 +196,60 @@ class TorchModel:
 
         spec = model.entries[entry]
         self._slot: dict[str, int] = {}
-        self._values: list[Any] = []
         for tensor in spec.inputs:
-            self._add(tensor.name, None)
+            self._add(tensor.name)
+        #: Tensors by slot.
+        self.weights: dict[int, Any] = {}
         self._steps: list[tuple[Step, tuple[int, ...], int]] = []
         for call in model.calls(entry):
             if call.op not in MAKERS:
                 raise EngineError(f"operator {call.op!r} has no PyTorch twin; expected one of {sorted(MAKERS)}")
             for name in call.args:
                 if name in model.weights and name not in self._slot:
-                    self._add(name, _tensor(model.weights[name], getattr(torch, dtype)))
+                    self.weights[self._add(name)] = _tensor(model.weights[name], getattr(torch, dtype))
             sources = tuple(self._slot[name] for name in call.args)
-            self._steps.append((MAKERS[call.op](call), sources, self._add(call.result, None)))
+            self._steps.append((MAKERS[call.op](call), sources, self._add(call.result)))
         self._inspect = inspect
         self._inputs = tuple(tensor.name for tensor in spec.inputs)
         self._outputs = tuple(tensor.name for tensor in spec.outputs)
 
-    def _add(self, name: str, value: Any) -> int:
-        self._slot[name] = len(self._values)
-        self._values.append(value)
+    def _add(self, name: str) -> int:
+        self._slot[name] = len(self._slot)
         return self._slot[name]
 
     def __call__(self, **inputs: Any) -> dict[str, Any]:
         """Outputs by name, under the caller's grad mode."""
-        values = list(self._values)
+        return self.run(self.weights, inputs)
+
+    def run(self, weights: Mapping[int, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs by name with the given weights by slot."""
+        values: list[Any] = [None] * len(self._slot)
+        for slot, weight in weights.items():
+            values[slot] = weight
         for name in self._inputs:
             values[self._slot[name]] = inputs[name]
         shared: dict[Any, Any] = {_INSPECT: self._inspect}
         for step, sources, target in self._steps:
             values[target] = step(shared, *[values[source] for source in sources])
         return {name: values[self._slot[name]] for name in self._outputs}
+
+
+def torch_module(twin: TorchModel) -> Any:
+    """``twin`` as a ``torch.nn.Module``: compilers fold and repack only weights that a module owns."""
+    import torch
+
+    class TwinModule(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
+        def __init__(self) -> None:
+            super().__init__()
+            self.slots = tuple(twin.weights)
+            for slot, weight in twin.weights.items():
+                frozen = torch.nn.Parameter(weight, requires_grad=False)
+                self.register_parameter(f"weight_{slot}", frozen)
+
+        def forward(self, **inputs: Any) -> dict[str, Any]:
+            return twin.run({slot: getattr(self, f"weight_{slot}") for slot in self.slots}, inputs)
+
+    return TwinModule().eval()
 
 
 def _tensor(array: np.ndarray, dtype: Any) -> Any:

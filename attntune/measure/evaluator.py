@@ -64,13 +64,14 @@ def start(cores: int) -> None:
 class Operands:
     """Inputs (packed), outputs and float64 reference of one workload, template and seed."""
 
-    def __init__(self, trial: Trial) -> None:
+    def __init__(self, trial: Trial, *, reference: bool = True) -> None:
         from attntune.templates import load_template
 
         workload = trial.workload
         inputs = workload.example_inputs(trial.seed)
         self.specs: tuple[TensorSpec, ...] = workload.outputs()
-        self.expected = [np.asarray(values, np.float64) for values in workload.reference(*inputs)]
+        expected = workload.reference(*inputs) if reference else ()
+        self.expected = [np.asarray(values, np.float64) for values in expected]
         packings = load_template(trial.template).pack(workload, trial.target)
         self.names = [spec.name for spec in workload.inputs()]
         self.inputs = [
@@ -180,6 +181,27 @@ def evaluate(trial: Trial, so_path: str, options: MeasureOptions, best_secs: flo
     samples = _time(operands.turns(function), options, trial, best_secs)
     after = _verify(trial, operands)
     return _timed(checked, samples) if after.status is Status.CORRECT else after
+
+
+def check(trial: Trial, so_path: str) -> Evaluation:
+    """Run the shared object built for ``trial`` once; nothing is timed.
+
+    What it writes is compared with the reference, of which long attention takes a sample; all of it must be finite.
+    """
+    operands = Operands(trial, reference=False)
+    operands.poison()
+    load_runtime().load_module(so_path).get_function("main")(*operands.tensors)
+    rtol, atol = trial.workload.tolerance()
+    worst, worst_relative, problem = 0.0, 0.0, operands.misdeeds()
+    for name, output in zip((spec.name for spec in operands.specs), operands.outputs, strict=True):
+        if not np.isfinite(output.array.astype(np.float32)).all():
+            problem = problem or f"output {name!r} holds values that are not finite"
+    for places, expected in trial.workload.reference_sample(*trial.workload.example_inputs(trial.seed)):
+        for spec, output, place, values in zip(operands.specs, operands.outputs, places, expected, strict=True):
+            absolute, relative, found = mismatch(f"{spec.name}{place}", output.array[place], values, rtol, atol)
+            worst, worst_relative = max(worst, absolute), max(worst_relative, relative)
+            problem = problem or found
+    return Evaluation(Status.WRONG_RESULT if problem else Status.CORRECT, (), worst, worst_relative, problem)
 
 
 def race(

@@ -87,6 +87,41 @@ def build(config: BertConfig, weights: Mapping[str, np.ndarray], name: str) -> M
     )
 
 
+#: Sizes of well-known encoders.
+PRESETS: dict[str, BertConfig] = {
+    "minilm-l6": BertConfig(30522, 384, 6, 12, 1536, 512, 2, "gelu", 1e-12, pooling=True),
+    "bert-base": BertConfig(30522, 768, 12, 12, 3072, 512, 2, "gelu", 1e-12),
+}
+
+
+def random_model(config: BertConfig, name: str, seed: int = 0) -> Model:
+    """A model of ``config`` with seeded weights: matrices normal with variance 1/columns, for measuring speed."""
+    rng = np.random.default_rng(seed)
+    h, inner = config.hidden_size, config.intermediate_size
+    matrices = {
+        "embeddings.word": (config.vocab_size, h),
+        "embeddings.position": (config.max_position_embeddings, h),
+        "embeddings.type": (config.type_vocab_size, h),
+    }
+    norms = ["embeddings.norm"]
+    for index in range(config.num_hidden_layers):
+        at = f"layers.{index}."
+        matrices[f"{at}attention.qkv.weight"] = (3 * h, h)
+        matrices[f"{at}attention.output.weight"] = (h, h)
+        matrices[f"{at}feed_forward.up.weight"] = (inner, h)
+        matrices[f"{at}feed_forward.down.weight"] = (h, inner)
+        norms += [f"{at}attention_norm", f"{at}output_norm"]
+    weights = {}
+    for key, shape in matrices.items():
+        weights[key] = rng.standard_normal(shape, dtype=np.float32) / np.float32(np.sqrt(shape[1]))
+        if key.endswith(".weight"):
+            weights[key.removesuffix("weight") + "bias"] = rng.standard_normal(shape[0], dtype=np.float32) * 0.1
+    for key in norms:
+        weights[f"{key}.weight"] = 1.0 + 0.1 * rng.standard_normal(h, dtype=np.float32)
+        weights[f"{key}.bias"] = 0.1 * rng.standard_normal(h, dtype=np.float32)
+    return build(config, {k: np.ascontiguousarray(v, np.float32) for k, v in weights.items()}, name)
+
+
 def _module(c: BertConfig) -> Any:
     from tvm.relax.frontend import nn
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -255,6 +255,12 @@ class Attention(Workload):
         from attntune.ops.attention_reference import reference
 
         return reference(self, *inputs)
+
+    def reference_sample(self, *inputs: np.ndarray) -> Iterator[tuple[tuple[Any, ...], tuple[np.ndarray, ...]]]:
+        """Of long sequences, some queries of every head."""
+        from attntune.ops.attention_reference import sample
+
+        return sample(self, *inputs)
 
     def flops(self) -> int:
         """Two matrix products over the (query, key) pairs that may attend; the softmax is not counted.

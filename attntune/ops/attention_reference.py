@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from attntune.ops.attention import Attention
+
+#: Scores (batch · heads · queries · keys) up to which :func:`sample` computes everything: some 0.1 GB, some seconds.
+SAMPLED_SCORES = 1 << 22
+_RUNS = 4
+"""Runs of queries that are sampled of each head: the first, the last, and others between."""
 
 
 def reference(w: Attention, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -86,3 +91,54 @@ def _weights(
     powers: np.ndarray = np.exp(scores - np.maximum(scores.max(axis=-1, keepdims=True), FLOOR))
     shares: np.ndarray = powers / np.maximum(powers.sum(axis=-1, keepdims=True), 1e-30)
     return shares
+
+
+def sample(w: Attention, *inputs: np.ndarray) -> Iterator[tuple[tuple[Any, ...], tuple[np.ndarray, ...]]]:
+    """Parts of :func:`reference`: all where it is small, else runs of consecutive queries of every head.
+
+    Rows of attention depend on one query each, so a part costs what its own queries cost.
+    """
+    from attntune.ops.attention import Attention
+
+    assert isinstance(w, Attention)
+    small = w.batch * w.heads * w.q_len * w.kv_len <= SAMPLED_SCORES
+    if small or w.packed or w.ragged or w.lengths or w.score_mod:
+        expected = reference(w, *inputs)
+        yield (...,) * len(expected), expected
+        return
+    operands = dict(zip((spec.name for spec in w.inputs()), inputs, strict=True))
+    rng = np.random.default_rng(0)
+    length = min(w.q_len, max(1, SAMPLED_SCORES // (w.batch * w.heads * w.kv_len * _RUNS)))
+    for b in range(w.batch):
+        for h in range(w.heads):
+            last = w.q_len - length
+            for start in sorted({0, last, *rng.integers(0, last + 1, _RUNS - 2).tolist()}):
+                rows = slice(start, start + length)
+                expected = reference(*_rows(w, operands, b, h, rows))
+                out = (b, h, rows) if w.layout == "bhsd" else (b, rows, slice(h * w.head_dim, (h + 1) * w.head_dim))
+                yield (out, (b, h, rows))[: len(expected)], tuple(part[0, 0] for part in expected)
+
+
+def _rows(w: Attention, operands: Mapping[str, np.ndarray], b: int, h: int, rows: slice) -> tuple[Any, ...]:
+    """One head's workload for some of its queries, and its operands."""
+    at = h // (w.heads // w.kv_heads)
+
+    def part(name: str, head: int, length: slice) -> np.ndarray:
+        x = operands[name]
+        x = x[b, head] if w.layout == "bhsd" else x[b, :, head * w.head_dim : (head + 1) * w.head_dim]
+        return x[None, None, length]
+
+    every = slice(None)
+    values = [part("query", h, rows), part("key", at, every), part("value", at, every)]
+    if w.mask:
+        values.append(operands["mask"][b : b + 1])
+    if w.bias_heads:
+        bias = operands["bias"][b if w.bias_batch > 1 else 0, h if w.bias_heads > 1 else 0]
+        values.append(bias[None, None, every if w.bias_q else rows])
+    if w.alibi:
+        values.append(operands["slopes"][h : h + 1])
+    one = w.replace(
+        batch=1, heads=1, kv_heads=1, q_len=rows.stop - rows.start, layout="bhsd", bias_batch=min(w.bias_batch, 1),
+        bias_heads=min(w.bias_heads, 1), causal_offset=w.causal_offset + rows.start,
+    )  # fmt: skip
+    return one, *values

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -72,6 +72,14 @@ class Workload(ABC):
     @abstractmethod
     def reference(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """NumPy in float64; the oracle every schedule is checked against."""
+
+    def reference_sample(self, *inputs: np.ndarray) -> Iterator[tuple[tuple[Any, ...], tuple[np.ndarray, ...]]]:
+        """Parts of :meth:`reference` that stand for the whole, where the whole would take long or not fit in memory.
+
+        Yields pairs: for each output the index of a part, and the parts expected there. By default everything.
+        """
+        expected = self.reference(*inputs)
+        yield (...,) * len(expected), expected
 
     @abstractmethod
     def flops(self) -> int:

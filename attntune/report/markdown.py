@@ -39,60 +39,101 @@ def _ratio(ratio: Ratio) -> str:
 
 
 def headline(comparison: Comparison) -> list[str]:
-    """One sentence per engine: geometric mean of the ratios, their range, and how many cases are slower."""
+    """The best of all engines at attntune's precision, then each: geometric mean of the ratios, range, verdicts."""
+    cases, peers = comparison.cases(), comparison.peers()
+    best = [found[1] for case in cases if (found := comparison.best_peer(case)) is not None]
     lines = []
-    for name in comparison.engine_names():
-        pairs = [(case, comparison.ratio(name, case)) for case in comparison.cases()]
-        ratios = [ratio for _, ratio in pairs if ratio is not None]
-        if name == BASELINE or not ratios:
-            continue
-        values = [ratio.value for ratio in ratios]
-        verdicts = Counter(ratio.verdict for ratio in ratios)
-        mean = geometric_mean(values)
-        word = f"{mean:.2f}× as fast as" if mean >= 1 else f"slower than ({mean:.2f}× the speed of)"
-        lines.append(
-            f"- attntune is **{word} {comparison.title(name)}** in the geometric mean of {len(ratios)} cases "
-            f"(from {min(values):.2f}× to {max(values):.2f}×; faster in {verdicts['faster']}, "
-            f"tied in {verdicts['tied']}, slower in {verdicts['slower']})."
-        )
+    if best and len(peers) > 1:
+        lines.append(_headline(f"the best of all {comparison.precision(BASELINE)} engines in each case", best))
+    for name in peers:
+        if ratios := [ratio for case in cases if (ratio := comparison.ratio(name, case)) is not None]:
+            lines.append(_headline(comparison.title(name), ratios))
     return lines
+
+
+def _headline(whom: str, ratios: Sequence[Ratio]) -> str:
+    values = [ratio.value for ratio in ratios]
+    verdicts = Counter(ratio.verdict for ratio in ratios)
+    mean = geometric_mean(values)
+    word = f"{mean:.2f}× as fast as" if mean >= 1 else f"slower than ({mean:.2f}× the speed of)"
+    return (
+        f"- attntune is **{word} {whom}** in the geometric mean of {len(ratios)} cases "
+        f"(from {min(values):.2f}× to {max(values):.2f}×; faster in {verdicts['faster']}, "
+        f"tied in {verdicts['tied']}, slower in {verdicts['slower']})."
+    )
 
 
 def comparison_section(comparison: Comparison, plot: str | None) -> list[str]:
     """Speed and parity of one comparison, and what was not timed."""
     missing = {r.engine for r in comparison.results if r.outcome is Outcome.UNAVAILABLE}
     names = [name for name in comparison.engine_names() if name not in missing]
-    others = [name for name in names if name != BASELINE]
+    peers = [name for name in comparison.peers() if name in names]
+    elsewhere = [name for name in names if name != BASELINE and name not in peers]
     lines = [f"## {comparison.model}, `{comparison.entry}`, {comparison.threads} threads", ""]
     if plot:
         lines += [f"![Latency, and time relative to attntune]({plot}.png)", ""]
-    lines += [
-        "Median milliseconds (interquartile range). Then how many times as long as attntune each engine takes, with a",
-        "95 % interval: above 1, attntune is faster.",
-        "",
-    ]
-    header = [" × ".join(comparison.cases()[0].dims) if comparison.cases() else "case"]
-    header += [f"{comparison.title(name)}, ms" for name in names]
-    header += [f"{comparison.title(name)} / attntune" for name in others if BASELINE in names]
+    own = [*(name for name in names if name == BASELINE), *peers]
+    if own:
+        lines += [
+            f"Engines that compute in {comparison.precision(BASELINE)}. Median ms (interquartile range). Then",
+            "how many times as long as attntune each engine takes, with a 95 % interval: above 1, attntune is faster.",
+            "Last, the same of whichever other engine is the fastest in that case.",
+            "",
+            *_speed_table(comparison, own, peers, best=True),
+        ]
+    for precision in dict.fromkeys(comparison.precision(name) for name in elsewhere):
+        group = [name for name in elsewhere if comparison.precision(name) == precision]
+        lines += [f"Engines that compute in {precision}, which is not the same task:", ""]
+        lines += _speed_table(comparison, group, group, best=False)
+    return lines + _parity(comparison, names) + _engines(comparison) + _untimed(comparison)
+
+
+def _speed_table(comparison: Comparison, timed: Sequence[str], others: Sequence[str], best: bool) -> list[str]:
+    cases = comparison.cases()
+    relative = BASELINE in comparison.engine_names()
+    header = [" × ".join(cases[0].dims) if cases else "case", *(f"{comparison.title(name)}, ms" for name in timed)]
+    if relative:
+        header += [f"{comparison.title(name)} / attntune" for name in others]
+        header += ["best other / attntune"] if best else []
     rows = []
-    for case in comparison.cases():
+    for case in cases:
         row = [case.label()]
-        for name in names:
+        for name in timed:
             result = comparison.result(name, case)
             row.append("–" if result is None else _timed(result) if result.rounds else _outcome(result.outcome))
-        if BASELINE in names:
+        if relative:
             ratios = [comparison.ratio(name, case) for name in others]
             row += ["–" if ratio is None else _ratio(ratio) for ratio in ratios]
+            if best:
+                found = comparison.best_peer(case)
+                row.append("–" if found is None else f"{_ratio(found[1])} {comparison.title(found[0])}")
         rows.append(row)
-    lines += table(header, rows)
-    lines += ["Maximum absolute error against the float64 reference, checked before timing:", ""]
-    parity = []
+    return table(header, rows)
+
+
+def _parity(comparison: Comparison, names: Sequence[str]) -> list[str]:
+    lines = ["Maximum absolute error against the float64 reference, and the smallest cosine of an output row with the",
+             "reference's, both of which were known before timing:", ""]  # fmt: skip
+    rows = []
     for case in comparison.cases():
         found = [comparison.result(name, case) for name in names]
-        parity.append([case.label(), *("–" if r is None or r.max_abs_error is None else f"{r.max_abs_error:.1e}"
-                                       for r in found)])  # fmt: skip
-    lines += table(["case", *(comparison.title(name) for name in names)], parity)
-    return lines + _engines(comparison) + _untimed(comparison)
+        rows.append([case.label(), *("–" if r is None else _agreement(r) for r in found)])
+    lines += table(["case", *(comparison.title(name) for name in names)], rows)
+    demanded = comparison.settings.get("parity")
+    if isinstance(demanded, Mapping):
+        lines += ["Demanded: " + "; ".join(f"{precision}: {text}" for precision, text in demanded.items()) + ".", ""]
+    return lines
+
+
+def _agreement(result: Result) -> str:
+    if result.max_abs_error is None:
+        return "–"
+    return f"{result.max_abs_error:.1e}" + ("" if result.min_cosine is None else f", cos {_cosine(result.min_cosine)}")
+
+
+def _cosine(value: float) -> str:
+    """As many nines as it has: ``0.99987``, ``1 - 2e-13``."""
+    return f"{value:.5f}" if value < 0.99999 else f"1 - {max(1.0 - value, 0.0):.0e}"
 
 
 def _outcome(outcome: Outcome) -> str:
@@ -131,13 +172,13 @@ def _untimed(comparison: Comparison) -> list[str]:
 
 
 def negative_section(comparisons: Sequence[Comparison], kernels: Sequence[Kernel]) -> list[str]:
-    """Where attntune is slower or no faster than an engine, and kernels that tuning did not improve."""
+    """Where attntune is no faster than an engine of its precision, and kernels that tuning did not improve."""
     slower: list[str] = []
     tied: list[str] = []
     for comparison in comparisons:
-        for name in comparison.engine_names():
+        for name in comparison.peers():
             for case in comparison.cases():
-                ratio = comparison.ratio(name, case) if name != BASELINE else None
+                ratio = comparison.ratio(name, case)
                 if ratio is None or ratio.verdict == "faster":
                     continue
                 line = (f"- {comparison.model} `{comparison.entry}` at {case.label()}: {comparison.title(name)} takes "

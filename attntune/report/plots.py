@@ -12,8 +12,9 @@ from attntune.errors import ReportError
 from attntune.report.kernels import Kernel, peaks_for
 
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+YELLOW = "#F0E442"
 GREY, INK = "#8A8A8A", "#222222"
-ENGINE_COLOURS = (ORANGE, GREEN, PURPLE, SKY, VERMILLION)
+ENGINE_COLOURS = (ORANGE, GREEN, PURPLE, SKY, VERMILLION, YELLOW, GREY)
 MAX_PANELS = 12
 
 _STYLE: dict[str, Any] = {

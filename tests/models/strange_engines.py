@@ -44,7 +44,7 @@ class CrashingLater(PyTorchEngine):
 
 class Missing(PyTorchEngine):
     title = "Missing"
-    package = "no_such_package_of_that_name"
+    packages = ("no_such_package_of_that_name",)
     install = "pip install no-such-package"
 
 

@@ -6,6 +6,7 @@ from graphs import tiny_bert, zoo
 
 from attntune.engines import ENGINES, ModelSource, engine
 from attntune.engines.graph import ModelGraph
+from attntune.engines.parity import agreement, parity_of
 from attntune.engines.torch_reference import MAKERS, TorchModel, torch_reference
 from attntune.errors import EngineError
 from attntune.interop import evaluate, export_onnx, sample_inputs
@@ -133,3 +134,29 @@ def test_unknown_operator_is_named():
     model.entry_calls["forward"] += (strange,)
     with pytest.raises(EngineError, match=r"'rotary'.*attention"):
         torch_reference(model, sample_inputs(tiny_bert(), {"batch": 1, "seq": 3}))
+
+
+@pytest.mark.parametrize("name", ["openvino", "openvino-bf16", "pytorch-bf16", "zentorch", "zentorch-bf16"])
+def test_optional_engines_meet_the_parity_of_their_precision(tmp_path, name):
+    if (reason := ENGINES[name].unavailable()) is not None:
+        pytest.skip(reason)
+    model = tiny_bert()
+    runner = ENGINES[name]()
+    runner.load(source_of(model, tmp_path), threads=1)
+    inputs = sample_inputs(model, {"batch": 2, "seq": 9}, mask="ragged")
+    runner.bind(inputs)()
+    found = agreement(runner.run(inputs), evaluate(model, inputs), parity_of(runner.precision, 1e-4))
+    assert found.problem == ""
+    assert runner.describe()["version"]
+
+
+def test_metaschedule_says_how_little_it_found(tmp_path):
+    if (reason := ENGINES["metaschedule"].unavailable()) is not None:
+        pytest.skip(reason)
+    from dataclasses import replace
+
+    with pytest.raises(EngineError, match="tuning_secs"):
+        ENGINES["metaschedule"]().load(source_of(tiny_bert(), tmp_path), threads=1)
+    runner = ENGINES["metaschedule"]()
+    runner.load(replace(source_of(tiny_bert(), tmp_path), tuning_secs=5.0), threads=1)
+    assert runner.describe()["tuning"] == "5 s for each shape"

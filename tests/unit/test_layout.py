@@ -26,7 +26,14 @@ ORDER = (
 )
 
 #: Modules that join several stages, and the first stage that may import them: artifacts run without either.
-JOINERS = {"progress": "engines", "tuning_task": "engines", "tuner": "engines", "compiler": "engines"}
+JOINERS = {
+    "progress": "engines",
+    "tuning_task": "engines",
+    "tuner": "engines",
+    "compiler": "engines",
+    "kernel_cache": "engines",
+    "functional": "engines",
+}
 
 #: The package's own surface names every stage.
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -1,0 +1,178 @@
+"""Suites of whole models: encoders against other engines, and what tuning costs and brings."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from attntune.compiler import compile
+from attntune.database.query import Database
+from attntune.engines.compare import CompareOptions, compare
+from attntune.engines.comparison import BASELINE, Comparison
+from attntune.engines.engine import ModelSource
+from attntune.errors import EngineError
+from attntune.interop import evaluate, sample_inputs
+from attntune.measure.machine import machine_state
+from attntune.measure.worker import IsolatedProcess
+from attntune.models.bert import PRESETS, random_model
+from attntune.target import Target
+from attntune.tuner import tune
+
+Say = Callable[[str], None]
+
+_TIMEOUT_SECS = 600.0
+_TURN_SECS = 0.25
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class EncoderCase:
+    """One model at some shapes, with one kind of mask."""
+
+    model: str
+    """A name in :data:`attntune.models.bert.PRESETS`."""
+    shapes: tuple[tuple[int, int], ...]
+    """(batch, seq)."""
+    mask: str = "full"
+
+
+ENCODERS = (
+    EncoderCase("minilm-l6", ((1, 128), (8, 128), (1, 512), (32, 64))),
+    EncoderCase("minilm-l6", ((8, 128),), "ragged"),
+    EncoderCase("bert-base", ((1, 128), (4, 384))),
+)
+
+TUNING_SHAPES = ((1, 128), (8, 128), (1, 512))
+
+
+def encoders(
+    cases: Sequence[EncoderCase],
+    engines: Sequence[str],
+    precisions: Sequence[str],
+    target: Target,
+    *,
+    database: Database,
+    rounds: int,
+    say: Say,
+) -> Iterator[tuple[str, Comparison]]:
+    """Compile each model with seeded weights and compare it with other engines: ``(name, comparison)``.
+
+    A precision that attntune does not compile for is said, and left out.
+    """
+    for case in cases:
+        model = random_model(PRESETS[case.model], case.model)
+        shapes = [{"batch": batch, "seq": seq} for batch, seq in case.shapes]
+        for precision in precisions:
+            extra = {} if precision == "float32" else {"precision": precision}
+            try:
+                artifact = compile(model, target=target, shapes=case.shapes, entries=["forward"], database=database,
+                                   on_progress=say, **extra)  # fmt: skip
+            except TypeError as error:
+                say(f"{case.model} {precision}: left out: {error}")
+                continue
+            options = CompareOptions(rounds=rounds, masks=(case.mask,), turn_secs=_TURN_SECS)
+            found = compare(model, artifact, shapes, engines, threads=target.cores, options=options, on_event=say)
+            words = [case.model, precision, *([case.mask] if case.mask != "full" else [])]
+            yield "-".join(words), found
+
+
+def tuning(
+    folder: Path,
+    target: Target,
+    *,
+    seconds: float,
+    seeds: Sequence[int],
+    shapes: Sequence[tuple[int, int]] = TUNING_SHAPES,
+    rounds: int,
+    say: Say,
+) -> dict[str, Any]:
+    """Tune the MiniLM encoder from nothing with each seed; then the default and each result end to end, in turns.
+
+    Journals go to ``folder``; those that are there are removed first.
+
+    Returns:
+        A document, JSON-ready: ``runs`` (seed, seconds, trials, default over tuned of each kernel) and ``end_to_end``
+        (by shape and name the seconds of every sample, one list per round).
+
+    Raises:
+        EngineError: a compiled model is not right.
+    """
+    model = random_model(PRESETS["minilm-l6"], "minilm-l6")
+    dims = [{"batch": batch, "seq": seq} for batch, seq in shapes]
+    state = machine_state(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = []
+    databases = {"default": Database(shipped=False)}
+    for seed in seeds:
+        journal = folder / f"seed-{seed}.jsonl"
+        journal.unlink(missing_ok=True)
+        say(f"tuning with seed {seed} for at most {seconds:g} s")
+        start = time.monotonic()
+        forward = model.workloads(dims, "forward")
+        summary = tune(forward, target=target, seconds=seconds, database=journal, seed=seed)
+        runs.append({
+            "seed": seed, "secs": time.monotonic() - start, "trials": summary.trials,
+            "workloads": len(summary.results), "stopped_by": summary.stopped_by,
+            "default_over_tuned": [r.speedup for r in summary.results if r.speedup], "summary": summary.to_json(),
+        })  # fmt: skip
+        databases[f"seed {seed}"] = Database(journal, shipped=False)
+    artifacts = {}
+    for name, database in databases.items():
+        say(f"compiling {name}")
+        artifacts[name] = compile(model, target=target, shapes=shapes, entries=["forward"], database=database)
+    return {
+        "model": model.name, "threads": target.cores, "shapes": [f"{b}×{s}" for b, s in shapes], "runs": runs,
+        "end_to_end": _interleaved(model, artifacts, dims, target, rounds, say), "machine": state,
+        "settings": {"seconds": seconds, "rounds": rounds, "turn_secs": _TURN_SECS},
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+def _interleaved(
+    model: Any,
+    artifacts: Mapping[str, Any],
+    shapes: Sequence[Mapping[str, int]],
+    target: Target,
+    rounds: int,
+    say: Say,
+) -> list[dict[str, Any]]:
+    """Several artifacts of one model in turns, each in a process of its own."""
+    import numpy as np
+
+    session = "attntune.engines.session"
+    outputs = tuple(spec.name for spec in model.entries["forward"].outputs)
+    found = []
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        for name, artifact in artifacts.items():
+            process = stack.enter_context(IsolatedProcess(threads=target.cores))
+            source = ModelSource("forward", outputs, artifact=str(artifact.folder))
+            process.call(f"{session}:open_engine", BASELINE, source, target.cores, timeout_secs=_TIMEOUT_SECS)
+            processes[name] = process
+        for dims in shapes:
+            label = "×".join(str(size) for size in dims.values())
+            say(f"{label}: {rounds} rounds of {', '.join(artifacts)}")
+            inputs = sample_inputs(model, dims, entry="forward")
+            expected = evaluate(model, inputs, "forward")
+            calls = {}
+            for name, process in processes.items():
+                got, _, secs = process.call(f"{session}:outputs", label, dict(inputs), timeout_secs=_TIMEOUT_SECS)
+                for key, values in expected.items():
+                    error = float(np.abs(got[key] - values).max())
+                    if not error <= _TOLERANCE * max(1.0, float(np.abs(values).max())):
+                        raise EngineError(f"{name} at {label}: {key} is off by {error:.3g}")
+                calls[name] = max(3, min(200, round(_TURN_SECS / secs)))
+            turns: dict[str, list[list[float]]] = {name: [] for name in processes}
+            for turn in range(rounds):
+                for name in processes if turn % 2 == 0 else reversed(processes):
+                    time.sleep(0.05)
+                    turns[name].append(
+                        processes[name].call(f"{session}:turn", label, 2, calls[name], timeout_secs=_TIMEOUT_SECS)
+                    )
+            found.append({"shape": label, "rounds": turns})
+    return found

@@ -1,0 +1,339 @@
+"""Compare kernels: one operator at a time on several engines, each in its own process; correct first, then in turns.
+
+The rules are those of :mod:`attntune.engines.compare`; percentages are of what the machine was measured to do in the
+same run, before and after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attntune.engines.comparison import Outcome, Ratio, paired_ratio
+from attntune.engines.kernel_engines import KERNEL_ENGINES, KernelSource
+from attntune.errors import AttntuneError, EngineError
+from attntune.kernel_cache import KernelCache
+from attntune.measure.machine import machine_state, measure_peaks
+from attntune.measure.worker import IsolatedProcess
+from attntune.ops import Workload, workload_from_key
+from attntune.target import Target
+
+SCHEMA_VERSION = 1
+OURS = "attntune"
+
+#: Largest error allowed, as a share of the reference's largest value, by the dtype of the operands.
+PARITY = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 4e-3, "int8": 5e-2}
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """One workload of a suite."""
+
+    group: str
+    """What it is summarised with, ``float32``, ``bfloat16 causal``."""
+    label: str
+    workload: Workload | None
+    problem: str = ""
+    """Why there is no such workload, when there is none."""
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """How kernels are compared."""
+
+    rounds: int = 9
+    turn_secs: float = 0.03
+    """Aim for the timed part of one turn."""
+    max_samples: int = 200
+    """Most samples in one turn; at least 2 are taken."""
+    warmup: int = 2
+    pause_secs: float = 0.02
+    """Between turns, in which the spinning threads of the engine before go to sleep."""
+    caches: tuple[str, ...] = ("hot", "cold")
+    """``hot``: the same operands each call; ``cold``: weights, or everything where there are none, come from memory."""
+    seed: int = 0
+    timeout_secs: float = 300.0
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.turn_secs <= 0:
+            raise EngineError(f"expected rounds >= 1 and turn_secs > 0, got {self}")
+        if unknown := {*self.caches} - {"hot", "cold"}:
+            raise EngineError(f"unknown cache states {sorted(unknown)}; expected 'hot' or 'cold'")
+
+
+@dataclass(frozen=True)
+class KernelResult:
+    """One engine on one workload, hot or cold."""
+
+    group: str
+    label: str
+    workload: str
+    """Its key; empty when there is no such workload."""
+    cache: str
+    engine: str
+    outcome: Outcome
+    rounds: tuple[tuple[float, ...], ...] = ()
+    """Seconds per call of every sample, one tuple per round."""
+    max_rel_error: float | None = None
+    """Largest error against the float64 reference, as a share of its largest value."""
+    way: str = ""
+    """For attntune where the schedule comes from; for others which of their functions was the fastest."""
+    message: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.rounds) != (self.outcome is Outcome.OK) or not all(self.rounds):
+            raise EngineError(f"expected samples in every round of an ok result, and in no other; got {self}")
+
+    @property
+    def median_secs(self) -> float:
+        """Median of all samples; NaN when not timed."""
+        return statistics.median(s for turn in self.rounds for s in turn) if self.rounds else math.nan
+
+    def round_medians(self) -> list[float]:
+        """Median seconds of each round."""
+        return [statistics.median(turn) for turn in self.rounds]
+
+    def limit(self, peaks: Mapping[str, Any]) -> tuple[str, float] | None:
+        """``compute`` or ``memory``, whichever bounds the workload at the measured peaks, and the share of it reached.
+
+        The share is above 1 where operands stay in a cache that is faster than memory.
+        """
+        if not self.rounds:
+            return None
+        workload = workload_from_key(self.workload)
+        dtype = str(getattr(workload, "dtype", "float32"))
+        rate = peaks["flops_per_sec"].get(dtype)
+        compute = workload.flops() / rate if rate else 0.0
+        memory = workload.bytes_moved() / peaks["read_bytes_per_sec"]
+        bound = "compute" if compute >= memory else "memory"
+        return bound, max(compute, memory) / self.median_secs
+
+
+@dataclass(frozen=True)
+class KernelComparison:
+    """A suite that was run, with everything needed to judge it."""
+
+    suite: str
+    threads: int
+    results: tuple[KernelResult, ...]
+    engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    peaks: Mapping[str, Any] = field(default_factory=dict)
+    """The better of two measurements, before and after the suite, of each limit; see ``measure_peaks``."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    time: str = ""
+    """UTC, ISO 8601."""
+    schema: int = SCHEMA_VERSION
+
+    def cases(self) -> tuple[tuple[str, str, str], ...]:
+        """Group, label and cache of every case, in the order run."""
+        return tuple(dict.fromkeys((r.group, r.label, r.cache) for r in self.results))
+
+    def result(self, engine: str, case: tuple[str, str, str]) -> KernelResult | None:
+        """What ``engine`` did in ``case``."""
+        return next((r for r in self.results if (r.engine, r.group, r.label, r.cache) == (engine, *case)), None)
+
+    def ratio(self, engine: str, case: tuple[str, str, str]) -> Ratio | None:
+        """Time of ``engine`` over attntune's, paired by round; None unless both were timed."""
+        theirs, ours = self.result(engine, case), self.result(OURS, case)
+        if theirs is None or ours is None or not theirs.rounds or not ours.rounds:
+            return None
+        return paired_ratio(theirs.round_medians(), ours.round_medians())
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready fields, raw samples included."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**fields, "results": [{**dataclasses.asdict(r), "outcome": str(r.outcome)} for r in self.results]}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> KernelComparison:
+        """Inverse of :meth:`to_json`; raises :class:`EngineError` for what is none."""
+        try:
+            if fields["schema"] > SCHEMA_VERSION:
+                raise EngineError(f"expected a schema up to {SCHEMA_VERSION}, got {fields['schema']}")
+            results = tuple(
+                KernelResult(**{**row, "outcome": Outcome(row["outcome"]), "rounds": tuple(map(tuple, row["rounds"]))})
+                for row in fields["results"]
+            )
+            return cls(**{**fields, "results": results})
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError(f"malformed kernel comparison: {type(error).__name__}: {error}") from None
+
+    def save(self, path: str | Path) -> Path:
+        """Write :meth:`to_json` to a file, samples rounded to a tenth of a nanosecond."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fields = self.to_json()
+        for row in fields["results"]:
+            row["rounds"] = [[round(secs, 10) for secs in turn] for turn in row["rounds"]]
+        path.write_text(json.dumps(fields, indent=None, separators=(",", ":"), default=str) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> KernelComparison:
+        """Inverse of :meth:`save`; raises :class:`EngineError` naming the file."""
+        try:
+            return cls.from_json(json.loads(Path(path).read_text()))
+        except (OSError, ValueError, EngineError) as error:
+            raise EngineError(f"cannot read the kernel comparison {path}: {error}") from None
+
+
+def compare_kernels(
+    suite: str,
+    cases: Sequence[KernelCase],
+    engines: Sequence[str],
+    kernels: KernelCache,
+    *,
+    target: Target,
+    options: KernelOptions | None = None,
+    peaks: Callable[[Target], Mapping[str, Any]] = measure_peaks,
+    on_event: Callable[[str], None] | None = None,
+) -> KernelComparison:
+    """Run a suite. What an engine cannot run, or computes wrongly, is reported so and not timed; the others go on.
+
+    Args:
+        suite: its name.
+        cases: the workloads.
+        engines: names from :data:`KERNEL_ENGINES`; attntune's own goes first.
+        kernels: where attntune's kernels come from.
+        target: this machine with the number of threads that every engine gets.
+        options: rounds, length of turns, states of the caches.
+        peaks: measures what the machine can do.
+        on_event: is told what happens, one line at a time.
+
+    Raises:
+        EngineError: an engine is unknown, or there is no case.
+    """
+    options, say = options or KernelOptions(), on_event or (lambda _: None)
+    if unknown := set(engines) - set(KERNEL_ENGINES):
+        raise EngineError(f"unknown kernel engines {sorted(unknown)}; expected some of {sorted(KERNEL_ENGINES)}")
+    if not cases:
+        raise EngineError(f"suite {suite!r}: expected at least one case")
+    say("measuring the machine's peaks")
+    before, state = peaks(target), machine_state(target)
+    results: list[KernelResult] = []
+    info: dict[str, dict[str, Any]] = {}
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        for name in dict.fromkeys((OURS, *engines)):
+            cls = KERNEL_ENGINES[name]
+            if (reason := cls.unavailable()) is not None:
+                say(reason)
+                continue
+            process = stack.enter_context(IsolatedProcess(
+                threads=target.cores, env=cls.env,
+                preload=[("attntune.engines.kernel_engines:open_engine", name, target.cores)],
+            ))  # fmt: skip
+            described = process.call("attntune.engines.kernel_engines:describe", timeout_secs=options.timeout_secs)
+            info[name] = {"title": cls.title, **described}
+            processes[name] = process
+        for number, case in enumerate(cases, 1):
+            say(f"{number}/{len(cases)} {case.group} {case.label}")
+            results += _run_case(case, processes, kernels, target, options, say)
+    say("measuring the machine's peaks again")
+    return KernelComparison(
+        suite, target.cores, tuple(results), info, _better(before, peaks(target)), dataclasses.asdict(options), state,
+        datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+
+
+def _better(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: {k: max(v, b[key][k]) for k, v in value.items()} if isinstance(value, Mapping) else max(value, b[key])
+        for key, value in a.items()
+    }
+
+
+def _run_case(
+    case: KernelCase,
+    processes: Mapping[str, IsolatedProcess],
+    kernels: KernelCache,
+    target: Target,
+    options: KernelOptions,
+    say: Callable[[str], None],
+) -> Iterator[KernelResult]:
+    """Check every engine, then time those that are right."""
+    workload = case.workload
+    key = "" if workload is None else workload.key()
+
+    def untimed(engine: str, outcome: Outcome, message: str, error: float | None = None) -> Iterator[KernelResult]:
+        say(f"  {engine} {outcome}: {message[:200]}")
+        for cache in options.caches:
+            yield KernelResult(
+                case.group, case.label, key, cache, engine, outcome, max_rel_error=error, message=message
+            )
+
+    if workload is None:
+        yield from untimed(OURS, Outcome.UNAVAILABLE, case.problem)
+        return
+    right: dict[str, tuple[float, Mapping[str, Any], str]] = {}
+    expected = list(workload.reference_sample(*workload.example_inputs(options.seed)))
+    for name, process in processes.items():
+        source, origin = KernelSource(workload, target, seed=options.seed), ""
+        try:
+            if name == OURS:
+                if not kernels.has_template(workload):
+                    yield from untimed(name, Outcome.UNAVAILABLE, f"no template schedules {workload}")
+                    continue
+                library, manifest = kernels.library(workload)
+                source = dataclasses.replace(source, library=str(library), template=manifest["template"])
+                origin = manifest["source"]
+            outputs, prepared = process.call(
+                "attntune.engines.kernel_engines:prepare", source, options.caches, timeout_secs=options.timeout_secs
+            )
+        except AttntuneError as error:
+            yield from untimed(name, Outcome.FAILED, str(error))
+            continue
+        error_ = max(_error(outputs[cache], expected) for cache in options.caches)
+        limit = PARITY[str(getattr(workload, "dtype", "float32"))]
+        if not error_ <= limit:
+            message = f"expected an error of at most {limit:g} of the largest value, got {error_:.3g}"
+            yield from untimed(name, Outcome.WRONG_RESULT, message, error_)
+            continue
+        right[name] = error_, prepared, origin
+    for cache in options.caches:
+        rounds: dict[str, list[tuple[float, ...]]] = {name: [] for name in right}
+        failed: dict[str, str] = {}
+        for turn in range(options.rounds):
+            for name in right if turn % 2 == 0 else reversed(right):
+                secs = right[name][1][cache].secs
+                samples = max(2, min(options.max_samples, round(options.turn_secs / max(secs, 20e-6))))
+                time.sleep(options.pause_secs)
+                try:
+                    if name not in failed:
+                        rounds[name].append(tuple(processes[name].call(
+                            "attntune.engines.kernel_engines:turn", cache, options.warmup, samples, secs,
+                            timeout_secs=options.timeout_secs,
+                        )))  # fmt: skip
+                except AttntuneError as error:
+                    failed[name] = str(error)
+        for name, (error_, prepared, origin) in right.items():
+            outcome = Outcome.FAILED if name in failed else Outcome.OK
+            yield KernelResult(
+                case.group, case.label, key, cache, name, outcome, () if name in failed else tuple(rounds[name]),
+                error_, origin or prepared[cache].way, failed.get(name, ""),
+            )  # fmt: skip
+
+
+def _error(outputs: Sequence[np.ndarray], parts: Sequence[tuple[tuple[Any, ...], tuple[np.ndarray, ...]]]) -> float:
+    """Largest error over the parts of the reference, as a share of its largest value; NaN where something is NaN."""
+    worst, largest = 0.0, 0.0
+    for places, expected in parts:
+        for output, place, values in zip(outputs, places, expected, strict=True):
+            found = np.asarray(output[place], np.float64)
+            if found.shape != values.shape:
+                return math.inf
+            worst = float(np.maximum(worst, np.abs(found - values).max(initial=0.0)))
+            largest = max(largest, float(np.abs(values).max(initial=0.0)))
+    return worst / largest if largest else worst

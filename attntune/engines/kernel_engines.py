@@ -1,0 +1,347 @@
+"""Engines that run one operator: attntune's own kernels, and PyTorch's functions for the same workload.
+
+Each runs in a process of its own, which :mod:`attntune.engines.kernel_comparison` calls by name: ``open_engine`` once,
+then for each workload ``prepare``, and ``turn`` in turns with the other engines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import math
+import statistics
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from attntune.errors import EngineError
+from attntune.ops import Attention, Linear, Workload
+from attntune.target import Target
+
+Call = Callable[[], Any]
+
+_SAMPLE_SECS = 20e-6
+"""A sample averages as many calls as take this long: a clock that is read more often measures itself."""
+_TRIALS = 7
+_MAX_COPIES = 2048
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """One kernel, as engines are asked to run it; pickled to their processes."""
+
+    workload: Workload
+    target: Target
+    library: str = ""
+    """attntune's shared object."""
+    template: str = ""
+    """``module:Class`` of the template it was made by; says how constants are packed."""
+    seed: int = 0
+
+    def operands(self) -> tuple[np.ndarray, ...]:
+        """The example operands; the same in every process."""
+        return self.workload.example_inputs(self.seed)
+
+    def cold_copies(self) -> tuple[list[int], int]:
+        """Which operands come from memory when caches are cold, and how many copies of them overflow the last cache.
+
+        The weights of a layer, as in a model of many layers; all operands where there are no weights.
+        """
+        specs = self.workload.inputs()
+        turning = [i for i, spec in enumerate(specs) if spec.constant] or list(range(len(specs)))
+        size = sum(specs[i].bytes for i in turning)
+        return turning, min(_MAX_COPIES, max(2, math.ceil(2 * self.target.l3_bytes / size)))
+
+
+class KernelEngine(ABC):
+    """Runs single workloads; one instance per process."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    env: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Why it cannot run here; None when it can."""
+        return None
+
+    @abstractmethod
+    def ways(self, source: KernelSource, sets: Sequence[Sequence[np.ndarray]]) -> dict[str, list[Call]]:
+        """By name, each way the engine has of running the workload: one call for each set of operands.
+
+        Operands that are the same object in several sets are given to all of these calls in one copy.
+
+        Raises:
+            EngineError: it has none.
+        """
+
+    @abstractmethod
+    def to_numpy(self, result: Any) -> list[np.ndarray]:
+        """What a call returned, as float32 or float64 arrays in the order of the workload's outputs."""
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """Entered around every series of calls."""
+        return contextlib.nullcontext()
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Version and configuration."""
+
+
+class AttntuneKernels(KernelEngine):
+    """``source.library``, called as a compiled model calls its kernels; TVM's compiler is not loaded."""
+
+    name: ClassVar[str] = "attntune"
+    title: ClassVar[str] = "attntune"
+    env: ClassVar[Mapping[str, str]] = {"OPENBLAS_THREAD_TIMEOUT": "10"}
+
+    def __init__(self, threads: int) -> None:
+        from attntune.measure.threads import load_runtime, pin_pool
+
+        super().__init__(threads)
+        load_runtime()
+        pin_pool(threads)
+
+    def ways(self, source: KernelSource, sets: Sequence[Sequence[np.ndarray]]) -> dict[str, list[Call]]:
+        """The kernel, on constants packed as its template wants them."""
+        from functools import partial
+
+        from attntune.measure.buffers import GuardedArray, as_tensor, numpy_dtype
+        from attntune.measure.threads import load_runtime
+        from attntune.templates import load_template
+
+        workload = source.workload
+        packings = load_template(source.template).pack(workload, source.target)
+        names = [spec.name for spec in workload.inputs()]
+        outputs = [GuardedArray(spec.shape, numpy_dtype(spec.dtype)) for spec in workload.outputs()]
+        results = [as_tensor(output.array) for output in outputs]
+        self._outputs = outputs
+        tensors: dict[int, Any] = {}
+        self._held = []
+        for name, operand in ((n, x) for operands in sets for n, x in zip(names, operands, strict=True)):
+            if id(operand) not in tensors:
+                packed = packings[name].apply(operand) if name in packings else operand
+                guarded = GuardedArray.holding(np.ascontiguousarray(packed))
+                self._held.append(guarded)
+                tensors[id(operand)] = as_tensor(guarded.array)
+        main = load_runtime().load_module(source.library).get_function("main")
+        return {"": [partial(main, *(tensors[id(x)] for x in operands), *results) for operands in sets]}
+
+    def to_numpy(self, result: Any) -> list[np.ndarray]:
+        """The buffers that the kernel wrote."""
+        return [output.array.astype(np.float32) for output in self._outputs]
+
+    def describe(self) -> dict[str, Any]:
+        """Version."""
+        from attntune import __version__
+
+        return {"version": __version__}
+
+
+class TorchKernels(KernelEngine):
+    """PyTorch in inference mode: the fastest of what it has for constant weights; its attention function."""
+
+    name: ClassVar[str] = "pytorch"
+    title: ClassVar[str] = "PyTorch"
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        super().__init__(threads)
+        torch.set_num_threads(threads)
+        self._torch = torch
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """The package is missing."""
+        import importlib.util
+
+        return None if importlib.util.find_spec("torch") else "PyTorch needs the package torch: pip install torch"
+
+    def ways(self, source: KernelSource, sets: Sequence[Sequence[np.ndarray]]) -> dict[str, list[Call]]:
+        """See :meth:`_linear` and :meth:`_attention`."""
+        tensors: dict[int, Any] = {}
+        for operand in itertools.chain.from_iterable(sets):
+            if id(operand) not in tensors:
+                tensors[id(operand)] = self._tensor(operand)
+        given = [[tensors[id(x)] for x in operands] for operands in sets]
+        workload = source.workload
+        if isinstance(workload, Linear):
+            return self._linear(workload, given)
+        if isinstance(workload, Attention):
+            return {"scaled_dot_product_attention": [self._attention(workload, *operands) for operands in given]}
+        raise EngineError(f"PyTorch has no function here for {workload}")
+
+    def _tensor(self, array: np.ndarray) -> Any:
+        if array.dtype.name == "bfloat16":
+            return self._torch.from_numpy(array.view(np.int16).copy()).view(self._torch.bfloat16)
+        return self._torch.from_numpy(array.copy())
+
+    def _linear(self, w: Linear, given: list[list[Any]]) -> dict[str, list[Call]]:
+        """``F.linear``, and the products with prepacked weights that ``torch.compile`` with freezing calls."""
+        from functools import partial
+
+        if w.activation or w.residual:
+            raise EngineError(f"expected a linear layer without activation and residual, got {w}")
+        torch = self._torch
+        linear = torch.nn.functional.linear
+        ways: dict[str, list[Call]] = {"F.linear": [partial(linear, *operands) for operands in given]}
+        with contextlib.suppress(RuntimeError, AttributeError):  # a build without oneDNN
+            reorder = torch.ops.mkldnn._reorder_linear_weight
+            packed = {id(x): reorder(x, w.rows) for x in {id(o[1]): o[1] for o in given}.values()}
+            call = torch.ops.mkldnn._linear_pointwise
+            ways["oneDNN, weights packed"] = [
+                partial(call, o[0], packed[id(o[1])], o[2] if w.bias else None, "none", [], "") for o in given
+            ]
+        if w.dtype == "float32" and torch.backends.mkl.is_available():
+            with contextlib.suppress(RuntimeError, AttributeError):
+                reorder = torch.ops.mkl._mkl_reorder_linear_weight
+                packed = {id(x): reorder(x, w.rows) for x in {id(o[1]): o[1] for o in given}.values()}
+                call = torch.ops.mkl._mkl_linear
+                ways["MKL, weights packed"] = [
+                    partial(call, o[0], packed[id(o[1])], o[1], o[2] if w.bias else None, w.rows) for o in given
+                ]
+        return ways
+
+    def _attention(self, w: Attention, query: Any, key: Any, value: Any) -> Call:
+        """``F.scaled_dot_product_attention`` on (batch, heads, seq, head_dim), or on transposed views for ``bshd``."""
+        if w.layout == "bshd":
+            query, key, value = (
+                x.view(w.batch, x.shape[1], -1, w.head_dim).transpose(1, 2) for x in (query, key, value)
+            )
+        attend = self._torch.nn.functional.scaled_dot_product_attention
+        options = {"is_causal": w.causal and w.q_len > 1, "scale": w.scale, "enable_gqa": w.heads != w.kv_heads}
+        turned = w.layout == "bshd"
+        self._turned = turned
+        return lambda: attend(query, key, value, **options)
+
+    def to_numpy(self, result: Any) -> list[np.ndarray]:
+        """One tensor; heads side by side for layout ``bshd``."""
+        if result.dim() == 4 and self._turned:
+            result = result.transpose(1, 2).flatten(2)
+        return [result.float().numpy()]
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """Inference mode."""
+        manager: contextlib.AbstractContextManager[Any] = self._torch.inference_mode()
+        return manager
+
+    def describe(self) -> dict[str, Any]:
+        """Version."""
+        return {"version": self._torch.__version__}
+
+
+#: By name, attntune first. A new engine adds one line here.
+KERNEL_ENGINES: dict[str, type[KernelEngine]] = {cls.name: cls for cls in (AttntuneKernels, TorchKernels)}
+
+# -- in the engine's process -------------------------------------------------------------------------------------------
+
+_engine: KernelEngine | None = None
+_turns: dict[str, Call] = {}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An engine that is ready to be timed on a workload in one state of the caches."""
+
+    way: str
+    """The fastest of its ways."""
+    secs: float
+    """Estimate of one call."""
+
+
+def open_engine(name: str, threads: int) -> None:
+    """Start the engine called ``name`` in this process."""
+    global _engine
+    _engine = KERNEL_ENGINES[name](threads)
+
+
+def describe() -> dict[str, Any]:
+    """Version and configuration of the engine."""
+    assert _engine is not None, "expected open_engine before describe"
+    return _engine.describe()
+
+
+def prepare(source: KernelSource, caches: Sequence[str]) -> tuple[dict[str, list[np.ndarray]], dict[str, Prepared]]:
+    """Bind the operands hot, cold or both: by state of the caches, the outputs of what will be timed, and how it is.
+
+    Outputs are those of the first set of operands, which is the same for every engine and state.
+    """
+    if _engine is None:
+        raise EngineError("expected open_engine before prepare")
+    _turns.clear()
+    gc.collect()
+    operands = source.operands()
+    turning, copies = source.cold_copies()
+    outputs: dict[str, list[np.ndarray]] = {}
+    prepared = {}
+    for cache in caches:
+        sets = [operands]
+        for _ in range(copies - 1 if cache == "cold" else 0):
+            sets.append(tuple(x.copy() if i in turning else x for i, x in enumerate(operands)))
+        with _engine.context():
+            ways = _engine.ways(source, sets)
+            turns = {name: _next_of(calls) for name, calls in ways.items()}
+            medians = _medians(turns, _TRIALS if len(turns) > 1 else 3)
+            way = min(medians, key=lambda name: medians[name])
+            outputs[cache] = _engine.to_numpy(ways[way][0]())
+        _turns[cache] = turns[way]
+        prepared[cache] = Prepared(way, medians[way])
+    return outputs, prepared
+
+
+def turn(cache: str, warmup: int, samples: int, secs: float) -> list[float]:
+    """Seconds per call: ``samples`` samples of calls that take about ``secs`` each, after ``warmup`` calls."""
+    assert _engine is not None
+    call, clock = _turns[cache], time.perf_counter
+    number = max(1, round(_SAMPLE_SECS / secs))
+    found = []
+    with _engine.context(), _no_collection():
+        for _ in range(warmup):
+            call()
+        for _ in range(samples):
+            start = clock()
+            for _ in itertools.repeat(None, number):
+                call()
+            found.append((clock() - start) / number)
+    return found
+
+
+def _next_of(calls: Sequence[Call]) -> Call:
+    """Calls the next of ``calls`` each time."""
+    if len(calls) == 1:
+        return calls[0]
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
+
+
+def _medians(turns: Mapping[str, Call], trials: int) -> dict[str, float]:
+    """Median seconds of each, taken in turns; each timed call follows an untimed one of its own."""
+    secs: dict[str, list[float]] = {name: [] for name in turns}
+    for trial in range(trials + 1):
+        for name, call in turns.items():
+            call()
+            start = time.perf_counter()
+            call()
+            if trial:
+                secs[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in secs.items()}
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

@@ -1,0 +1,92 @@
+"""The workloads by which kernels are judged: lists of cases, by suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from attntune.engines.kernel_comparison import KernelCase
+from attntune.errors import WorkloadError
+from attntune.ops import Attention, Linear, Workload
+from attntune.target import Target
+from attntune.templates import GENERIC, template_for
+
+#: (out_features, in_features) of MiniLM, BERT-base, and a square one of a larger model.
+LINEAR_SIZES = ((384, 384), (1536, 384), (384, 1536), (768, 768), (3072, 768), (768, 3072), (2048, 2048))
+LINEAR_ROWS = (64, 128, 512, 1024)
+#: Also a language model's gated layer and its vocabulary.
+GEMV_SIZES = (*LINEAR_SIZES, (8192, 2048), (32000, 768))
+LENGTHS = (64, 128, 197, 256, 512, 777, 1024, 2048, 4096)
+CACHE_LENGTHS = (512, 1024, 2048, 4096, 8192)
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+def linear(target: Target, dtypes: Sequence[str]) -> Iterator[KernelCase]:
+    """Linear layers with a bias and constant weights: rows × in_features → out_features."""
+    for dtype in dtypes:
+        for rows in LINEAR_ROWS:
+            for out_features, in_features in LINEAR_SIZES:
+                yield _linear(dtype, rows, in_features, out_features)
+
+
+def gemv(target: Target, dtypes: Sequence[str]) -> Iterator[KernelCase]:
+    """One row, as in decoding: bound by memory."""
+    for dtype in dtypes:
+        for out_features, in_features in GEMV_SIZES:
+            yield _linear(dtype, 1, in_features, out_features)
+
+
+def attention(target: Target, dtypes: Sequence[str]) -> Iterator[KernelCase]:
+    """12 heads of 64, batch 1 and 4, self-attention, causal or not: batch × length."""
+    for dtype in dtypes:
+        for causal in (False, True):
+            for batch in (1, 4):
+                for length in LENGTHS:
+                    yield _case(
+                        f"{dtype}{' causal' if causal else ''}", f"{batch}×{length}",
+                        partial(_attention, target, batch, 12, 12, length, length, causal, dtype),
+                    )  # fmt: skip
+
+
+def decode(target: Target, dtypes: Sequence[str]) -> Iterator[KernelCase]:
+    """One query over a cache of keys and values, heads of 64: bound by memory."""
+    for dtype in dtypes:
+        for heads, kv_heads in ((12, 12), (32, 8)):
+            for length in CACHE_LENGTHS:
+                yield _case(
+                    f"{dtype} {heads}/{kv_heads} heads", f"kv {length}",
+                    partial(_attention, target, 1, heads, kv_heads, 1, length, False, dtype),
+                )  # fmt: skip
+
+
+#: Suites of single kernels, by name: ``(target, dtypes) -> cases``.
+KERNEL_SUITES: dict[str, Callable[[Target, Sequence[str]], Iterator[KernelCase]]] = {
+    "linear": linear,
+    "gemv": gemv,
+    "attention": attention,
+    "decode": decode,
+}
+
+
+def _linear(dtype: str, rows: int, in_features: int, out_features: int) -> KernelCase:
+    return _case(
+        dtype, f"{rows}×{in_features}→{out_features}",
+        lambda: Linear(rows, in_features, out_features, dtype=dtype),
+    )  # fmt: skip
+
+
+def _attention(
+    target: Target, batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int, causal: bool, dtype: str
+) -> Attention:
+    """In PyTorch's layout; in that of attntune's models where no template schedules the former."""
+    found = Attention(
+        batch, heads, q_len, kv_len, 64, kv_heads=kv_heads, causal=causal, dtype=dtype, layout="bhsd"
+    )  # fmt: skip
+    return found if template_for(found, target) not in GENERIC.values() else found.replace(layout="bshd")
+
+
+def _case(group: str, label: str, make: Callable[[], Workload]) -> KernelCase:
+    try:
+        return KernelCase(group, label, make())
+    except WorkloadError as error:
+        return KernelCase(group, label, None, str(error))

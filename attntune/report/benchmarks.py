@@ -1,0 +1,214 @@
+"""Benchmarks as Markdown: tables of kernels and of models, generated from their raw samples."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attntune.engines.comparison import Comparison, Outcome, geometric_mean
+from attntune.engines.kernel_comparison import OURS, KernelComparison, KernelResult
+from attntune.errors import ReportError
+from attntune.ops import workload_from_key
+
+Case = tuple[str, str, str]
+
+
+def kernel_section(found: KernelComparison, raw: str) -> str:
+    """Title, how it was taken, a summary by group and state of the caches, and every case."""
+    others = [name for name in found.engines if name != OURS]
+    lines = [
+        f"## {found.suite}: {_dtypes(found)}, {found.threads} threads, {found.time[:10]}",
+        "",
+        f"{found.machine.get('cpu_model', 'unknown CPU')}; {_peaks(found.peaks)} (the better of two measurements, "
+        f"before and after). {found.settings.get('rounds')} interleaved rounds, each engine in a process of its own; "
+        "ratios are medians over rounds of the other's time over attntune's, above 1 attntune is faster, with a 95 % "
+        f"interval. Engines: {_engines(found)}. Raw samples: [`{raw}`]({raw}).",
+        "",
+    ]
+    lines += [*_summary(found, others), ""]
+    lines += ["<details><summary>Every case</summary>", "", *_cases(found, others), "", "</details>"]
+    if problems := _problems(found):
+        lines += ["", "Not timed:", "", *problems]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(found: KernelComparison, others: Sequence[str]) -> list[str]:
+    head = ["group", "caches", "kernels", "% of peak (geometric mean)", "lowest"]
+    for name in others:
+        title = found.engines[name].get("title", name)
+        head += [f"{title} ÷ attntune (geometric mean)", "lowest"]
+    rows = []
+    groups = dict.fromkeys((group, cache) for group, _, cache in found.cases())
+    for group, cache in groups:
+        cases = [case for case in found.cases() if (case[0], case[2]) == (group, cache)]
+        ours = [r for case in cases if (r := found.result(OURS, case)) is not None and r.rounds]
+        shares = [limit[1] for r in ours if (limit := r.limit(found.peaks)) is not None]
+        if not ours:
+            continue
+        row = [group, cache, str(len(ours)), _percent(geometric_mean(shares)), _percent(min(shares))]
+        for name in others:
+            ratios = [(ratio.value, case[1]) for case in cases if (ratio := found.ratio(name, case)) is not None]
+            if ratios:
+                low, at = min(ratios)
+                row += [f"{geometric_mean(value for value, _ in ratios):.2f}×", f"{low:.2f}× ({at})"]
+            else:
+                row += ["", ""]
+        rows.append(row)
+    return table(head, rows)
+
+
+def _cases(found: KernelComparison, others: Sequence[str]) -> list[str]:
+    head = ["group", "case", "caches", "attntune, µs", "rate", "% of peak", "schedule"]
+    for name in others:
+        title = found.engines[name].get("title", name)
+        head += [f"{title} ÷ attntune", f"{title}'s way"]
+    rows = []
+    for case in found.cases():
+        ours = found.result(OURS, case)
+        if ours is None or not ours.rounds:
+            continue
+        bound, share = ours.limit(found.peaks) or ("", float("nan"))
+        row = [*case, f"{ours.median_secs * 1e6:.1f}", _rate(ours, bound), f"{_percent(share)} {bound}", ours.way]
+        for name in others:
+            theirs, ratio = found.result(name, case), found.ratio(name, case)
+            shown = "" if ratio is None else f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]"
+            row += [shown, theirs.way if theirs is not None else ""]
+        rows.append(row)
+    return table(head, rows)
+
+
+def _rate(result: KernelResult, bound: str) -> str:
+    workload = workload_from_key(result.workload)
+    if bound == "memory":
+        return f"{workload.bytes_moved() / result.median_secs / 1e9:.1f} GB/s"
+    return f"{workload.flops() / result.median_secs / 1e9:.0f} GFLOP/s"
+
+
+def _problems(found: KernelComparison) -> list[str]:
+    """What was not timed, cases of one reason together."""
+    reasons: dict[tuple[str, str, str, str], list[str]] = {}
+    for result in found.results:
+        if result.outcome is not Outcome.OK:
+            at = (result.group, result.engine, str(result.outcome), " ".join(result.message.split())[:200])
+            labels = reasons.setdefault(at, [])
+            if result.label not in labels:
+                labels.append(result.label)
+    merged: dict[tuple[str, str, str], list[str]] = {}
+    for (group, engine, outcome, _), labels in reasons.items():
+        merged.setdefault((group, engine, outcome), []).extend(labels)
+    first = {at[:3]: at[3] for at in reversed(reasons)}
+    return [
+        f"- {group}, {engine}, {outcome.replace('_', ' ')}: {len(labels)} kernels ({', '.join(labels[:3])}"
+        f"{', …' if len(labels) > 3 else ''}); {first[group, engine, outcome]}"
+        for (group, engine, outcome), labels in merged.items()
+    ]
+
+
+def encoder_section(found: Mapping[str, Comparison]) -> str:
+    """One table for each comparison, by the file that holds its raw samples."""
+    lines = ["## encoder: models end to end", ""]
+    for raw, comparison in found.items():
+        own = str(comparison.engines.get(OURS, {}).get("precision", "float32"))
+        others = [name for name in comparison.engine_names() if name != OURS]
+        lines += [
+            f"{comparison.model}, attntune in {own}, {comparison.threads} threads, {comparison.time[:10]}, "
+            f"{comparison.machine.get('cpu_model', 'unknown CPU')}, {comparison.settings.get('rounds')} rounds; "
+            f"[`{raw}`]({raw}). Times of the others are ratios to attntune's.",
+            "",
+        ]
+        rows = []
+        best: list[float] = []
+        for case in comparison.cases():
+            ours = comparison.result(OURS, case)
+            if ours is None or not ours.rounds:
+                rows.append([case.label(), "" if ours is None else str(ours.outcome)])
+                continue
+            row = [case.label(), f"{ours.median_secs * 1e3:.2f}"]
+            fair = []
+            for name in others:
+                ratio, theirs = comparison.ratio(name, case), comparison.result(name, case)
+                if ratio is None:
+                    row.append("" if theirs is None else str(theirs.outcome).replace("_", " "))
+                    continue
+                row.append(f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]")
+                if comparison.engines.get(name, {}).get("precision", "float32") == own:
+                    fair.append(ratio.value)
+            row.append(f"{min(fair):.2f}×" if fair else "")
+            best += [min(fair)] if fair else []
+            rows.append(row)
+        head = ["case", "attntune, ms", *(comparison.title(name) for name in others), f"best in {own}"]
+        lines += [*table(head, [[*row, *[""] * (len(head) - len(row))] for row in rows]), ""]
+        if best:
+            lines += [f"Against the best in {own}: geometric mean {geometric_mean(best):.2f}×.", ""]
+    return "\n".join(lines)
+
+
+def tuning_section(document: Mapping[str, Any], raw: str) -> str:
+    """How long tuning took with each seed, what it gained over the defaults, and whether seeds agree end to end."""
+    lines = [
+        f"## tuning: {document['model']}, {document['threads']} threads, {document['time'][:10]}",
+        "",
+        f"Shapes {', '.join(document['shapes'])}; {document['machine'].get('cpu_model', 'unknown CPU')}. Times "
+        "of kernels are from the final rounds of each run; those of the model from interleaved rounds, in processes of "
+        f"their own. Raw samples: [`{raw}`]({raw}).",
+        "",
+    ]
+    rows = [
+        [
+            str(run["seed"]), f"{run['secs']:.0f} s", str(run["trials"]), str(run["workloads"]),
+            f"{geometric_mean(run['default_over_tuned']):.3f}×",
+        ]
+        for run in document["runs"]
+    ]  # fmt: skip
+    lines += table(["seed", "took", "trials", "kernels", "default ÷ tuned (geometric mean)"], rows)
+    names = list(document["end_to_end"][0]["rounds"]) if document["end_to_end"] else []
+    rows = []
+    for row in document["end_to_end"]:
+        medians = {name: statistics.median(s for turn in row["rounds"][name] for s in turn) for name in names}
+        base = medians[names[-1]]
+        rows.append([row["shape"], *(f"{secs * 1e3:.2f} ms ({secs / base:.3f}×)" for secs in medians.values())])
+    lines += ["", *table(["batch × seq", *names], rows)]
+    return "\n".join(lines) + "\n"
+
+
+def update_page(page: Path, name: str, section: str) -> None:
+    """Put a generated section into a page, between its marks; at the end where the page has none yet.
+
+    Raises:
+        ReportError: the page has one of the two marks only.
+    """
+    begin, end = f"<!-- begin {name} (generated by scripts/benchmark) -->", f"<!-- end {name} -->"
+    text = page.read_text() if page.exists() else "# Measurements\n"
+    if (begin in text) != (end in text):
+        raise ReportError(f"{page}: expected both marks of section {name!r} or none, found one of {begin} and {end}")
+    block = f"{begin}\n{section.strip()}\n{end}"
+    if begin in text:
+        before, _, rest = text.partition(begin)
+        text = before + block + rest.partition(end)[2]
+    else:
+        text = f"{text.rstrip()}\n\n{block}\n"
+    page.write_text(text)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table's lines."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _dtypes(found: KernelComparison) -> str:
+    return ", ".join(dict.fromkeys(r.group.split()[0] for r in found.results if r.rounds)) or "nothing timed"
+
+
+def _peaks(peaks: Mapping[str, Any]) -> str:
+    rates = [f"{rate / 1e9:.0f} GFLOP/s {dtype}" for dtype, rate in peaks.get("flops_per_sec", {}).items()]
+    return f"measured peaks {', '.join(rates)}, {peaks.get('read_bytes_per_sec', 0) / 1e9:.1f} GB/s read"
+
+
+def _engines(found: KernelComparison) -> str:
+    return ", ".join(f"{e.get('title', name)} {e.get('version', '')}".strip() for name, e in found.engines.items())

@@ -1,0 +1,400 @@
+"""`attntune.functional` against PyTorch, and the cache of compiled kernels behind it."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from attntune import functional
+from attntune.errors import InputError
+from attntune.kernel_cache import KernelCache
+from attntune.ops import Attention
+
+oracle = torch.nn.functional.scaled_dot_product_attention
+attend = functional.scaled_dot_product_attention
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels(tmp_path_factory):
+    """A cache of this module's own."""
+    own = KernelCache(tmp_path_factory.mktemp("kernels"))
+    theirs, functional._KERNELS = functional._KERNELS, own
+    functional._calls.clear()
+    yield own
+    functional._KERNELS = theirs
+    functional._calls.clear()
+
+
+def operands(*shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def agree(actual, expected):
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(torch.as_tensor(actual), expected, rtol=4e-6, atol=4e-6)
+
+
+Q, K = (2, 6, 19, 24), (2, 6, 37, 24)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [
+        ((Q, K, K), {}),
+        ((Q, K, K), {"is_causal": True}),
+        ((Q, K, K), {"scale": 0.3}),
+        ((Q, K, K), {"scale": 24**-0.5}),
+        ((Q, (2, 2, 37, 24), (2, 2, 37, 24)), {"enable_gqa": True}),
+        ((Q, (2, 2, 37, 24), (2, 3, 37, 24)), {"enable_gqa": True}),
+        ((Q, (2, 1, 37, 24), (2, 1, 37, 24)), {}),
+        ((Q, (1, 6, 37, 24), (2, 1, 37, 24)), {}),
+        (((3, 19, 24), (3, 37, 24), (3, 37, 24)), {"is_causal": True}),
+        (((6, 19, 24), (2, 37, 24), (2, 37, 24)), {"enable_gqa": True}),
+        (((19, 24), (37, 24), (37, 24)), {}),
+        (((2, 1, 3, 5, 16), (2, 2, 3, 7, 16), (1, 2, 3, 7, 16)), {}),
+        ((Q, K, (2, 6, 37, 40)), {}),
+        ((Q, K, (2, 6, 37, 8)), {"is_causal": True}),
+        ((Q, (2, 6, 11, 24), (2, 6, 11, 24)), {"is_causal": True}),
+        (((1, 4, 1, 64), (1, 4, 130, 64), (1, 4, 130, 64)), {}),
+        (((2, 3, 0, 8), (2, 3, 5, 8), (2, 3, 5, 8)), {}),
+        (((2, 3, 4, 8), (2, 3, 0, 8), (2, 3, 0, 8)), {}),
+        (((0, 3, 4, 8), (0, 3, 5, 8), (0, 3, 5, 8)), {}),
+    ],
+)
+def test_it_agrees_with_pytorch(shapes, options):
+    query, key, value = operands(*shapes)
+    expected = oracle(query, key, value, **options)
+    got = attend(query, key, value, **options)
+    assert isinstance(got, torch.Tensor)
+    assert got.dtype == torch.float32
+    agree(got, expected)
+    array = attend(query.numpy(), key.numpy(), value.numpy(), **options)
+    assert isinstance(array, np.ndarray)
+    assert np.array_equal(array, got.numpy())
+
+
+def seen(shape, seed=1):
+    """True where a key may be seen; the third query, where there is one, sees none."""
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.4
+    if shape[-2] > 2:
+        mask[..., 2, :] = False
+    return mask
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(19, 37), (2, 1, 1, 37), (2, 6, 19, 37), (2, 1, 19, 37), (1, 6, 19, 37), (6, 19, 37), (1, 37), (2, 1, 19, 1)],
+)
+def test_masks(shape):
+    query, key, value = operands(Q, K, K)
+    mask = seen(shape)
+    agree(attend(query, key, value, mask), oracle(query, key, value, mask))
+    bias = torch.randn(shape).masked_fill(~mask, -torch.inf)
+    expected = oracle(query, key, value, bias)
+    agree(attend(query, key, value, bias), expected)
+    agree(attend(query.numpy(), key.numpy(), value.numpy(), bias.numpy()), expected)
+
+
+def test_a_mask_beside_is_causal():
+    query, key, value = operands(Q, K, K)
+    mask = seen((19, 37))
+    agree(
+        attend(query, key, value, mask, is_causal=True),
+        oracle(query, key, value, mask & torch.ones(19, 37, dtype=torch.bool).tril()),
+    )
+
+
+def test_masks_without_dimensions_of_batch_or_heads():
+    query, key, value = operands((19, 24), (37, 24), (37, 24))
+    for mask in (seen((19, 37)), seen((1, 37)), torch.randn(19, 37)):
+        agree(attend(query, key, value, mask), oracle(query, key, value, mask))
+    query, key, value = operands((2, 2, 3, 5, 16), (2, 2, 3, 7, 16), (2, 2, 3, 7, 16))
+    for mask in (seen((2, 1, 1, 1, 7)), seen((2, 1, 5, 7)), torch.randn(2, 1, 3, 5, 7)):
+        agree(attend(query, key, value, mask), oracle(query, key, value, mask))
+
+
+def test_a_query_without_keys_gives_zeros():
+    query, key, value = operands(Q, K, K)
+    for covered in (False, -torch.inf, torch.finfo(torch.float32).min):
+        mask = torch.full((19, 37), covered) if covered is False else torch.zeros(19, 37)
+        mask[2] = covered
+        mask[3:] = True if covered is False else 0.0
+        got = attend(query, key, value, mask)
+        assert not got[:, :, 2].any()
+        assert got[:, :, 3].any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_weights(causal):
+    query, key, value = operands(Q, K, K)
+    out, weights = attend(query, key, value, is_causal=causal, return_weights=True)
+    agree(out, oracle(query, key, value, is_causal=causal))
+    scores = query @ key.mT / 24**0.5
+    if causal:
+        scores = scores.masked_fill(~torch.ones(19, 37, dtype=torch.bool).tril(), -torch.inf)
+    agree(weights, scores.softmax(-1))
+
+
+def test_views_of_every_kind():
+    query, key, value = operands((2, 19, 6, 24), (2, 37, 6, 24), (2, 37, 6, 24))
+    turned = [x.transpose(1, 2) for x in (query, key, value)]
+    expected = oracle(*turned)
+    got = attend(*turned)
+    agree(got, expected)
+    assert got.stride() == expected.stride()
+    assert np.array_equal(attend(*(x.numpy() for x in turned)), got.numpy())
+    plain = [x.contiguous() for x in turned]
+    agree(attend(plain[0], turned[1], plain[2]), expected)
+    wide = [torch.zeros(*x.shape[:-1], 2 * x.shape[-1]) for x in plain]
+    strided = [w[..., ::2].copy_(x) for w, x in zip(wide, plain, strict=True)]
+    agree(attend(*strided), expected)
+    backward = [x.numpy()[:, :, ::-1] for x in plain]
+    agree(attend(*(np.ascontiguousarray(x)[:, :, ::-1] for x in backward)), expected)
+
+
+@pytest.mark.parametrize("offset", [1, 4, 15])
+def test_misaligned_operands_are_copied(offset):
+    plain = operands(Q, K, K)
+    shifted = []
+    for x in plain:
+        raw = torch.zeros(x.numel() + 32)
+        raw[offset : offset + x.numel()] = x.flatten()
+        shifted.append(raw[offset : offset + x.numel()].view(x.shape))
+    expected = attend(*plain)
+    assert torch.equal(attend(*shifted), expected)
+    arrays = [x.numpy() for x in shifted]
+    for array in arrays:
+        array.flags.writeable = False
+    assert np.array_equal(attend(*arrays), expected.numpy())
+    bias = torch.randn(19, 37)
+    raw = torch.zeros(bias.numel() + 32)
+    raw[offset : offset + bias.numel()] = bias.flatten()
+    agree(attend(*plain, raw[offset : offset + bias.numel()].view(19, 37)), oracle(*plain, bias))
+
+
+def test_operands_are_not_changed_and_results_are_new():
+    plain = operands(Q, K, K)
+    copies = [x.clone() for x in plain]
+    first = attend(*plain)
+    kept = first.clone()
+    second = attend(plain[0] * 2, plain[1], plain[2])
+    assert first.data_ptr() != second.data_ptr()
+    assert torch.equal(first, kept)
+    assert all(torch.equal(a, b) for a, b in zip(plain, copies, strict=True))
+
+
+def test_many_threads_give_the_same_bits():
+    sets = [operands(Q, K, K, seed=seed) for seed in range(4)]
+    bias = torch.randn(2, 1, 19, 37)
+    expected = [attend(*each, bias.bool()) for each in sets]
+    wrong = []
+
+    def work(i):
+        for _ in range(30):
+            if not torch.equal(attend(*sets[i % 4], bias.bool()), expected[i % 4]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_forked_child_computes_and_compiles_by_itself():
+    query, key, value = (x.numpy() for x in operands(Q, K, K))
+    expected = attend(query, key, value)
+    child = os.fork()
+    if child == 0:
+        try:
+            same = np.array_equal(attend(query, key, value), expected)
+            new = attend(query[:, :5], key[:, :5], value[:, :5])
+            os._exit(0 if same and np.array_equal(new, expected[:, :5]) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert np.array_equal(attend(query, key, value), expected)
+
+
+def test_gradients_are_refused_only_where_they_would_be_recorded():
+    query, key, value = operands(Q, K, K)
+    query.requires_grad_()
+    with pytest.raises(InputError, match="no_grad"):
+        attend(query, key, value)
+    with torch.no_grad():
+        agree(attend(query, key, value), oracle(query, key, value))
+    agree(attend(query.detach(), key, value), oracle(query, key, value).detach())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dropout_p": 0.1}, "dropout_p to be 0"),
+        ({"query": torch.zeros(24)}, r"query to have at least 2 dimensions, got shape \(24,\)"),
+        ({"query": torch.zeros(*Q, dtype=torch.float64)}, "of one dtype"),
+        ({"query": np.zeros(Q, np.float32)}, "got both"),
+        ({"query": [[1.0]]}, "query to be a NumPy array or a torch tensor, got list"),
+        ({"key": torch.zeros(2, 6, 37, 25)}, "query and key to have the same last dimension"),
+        ({"value": torch.zeros(2, 6, 36, 24)}, "key and value the same last but one"),
+        ({"key": torch.zeros(2, 2, 37, 24)}, "enable_gqa=True"),
+        ({"key": torch.zeros(2, 4, 37, 24), "enable_gqa": True}, "divide those of query"),
+        ({"attn_mask": torch.zeros(20, 37)}, r"attn_mask to broadcast to \(2, 6, 19, 37\)"),
+        ({"attn_mask": torch.zeros(3, 2, 6, 19, 37)}, "attn_mask to broadcast"),
+        ({"attn_mask": torch.zeros(37)}, "attn_mask to have at least 2 dimensions"),
+        ({"attn_mask": torch.zeros(19, 37, dtype=torch.int64)}, "attn_mask of dtype bool, float32"),
+        ({"attn_mask": np.zeros((19, 37), np.float32)}, "got both"),
+        ({"scale": float("nan")}, "scale to be finite"),
+        ({"query": torch.zeros(2, 6, 19, 0), "key": torch.zeros(2, 6, 37, 0)}, "head_dim to be at least 1"),
+        ({"query": torch.zeros(Q, device="meta")}, "query to be a CPU tensor"),
+        ({"query": torch.zeros(Q).to_sparse()}, "strided"),
+    ],
+)
+def test_misuse_is_named(change, message):
+    query, key, value = operands(Q, K, K)
+    with pytest.raises(InputError, match=message):
+        attend(**{"query": query, "key": key, "value": value, **change})
+
+
+def test_dtypes_without_kernels_are_named():
+    half = [x.half() for x in operands(Q, K, K)]
+    with pytest.raises(InputError, match="float32 or bfloat16, got float16"):
+        attend(*half)
+    double = [x.numpy().astype(np.float64) for x in operands(Q, K, K)]
+    with pytest.raises(InputError, match="got float64"):
+        attend(*double)
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import json, sys
+import numpy as np
+from attntune import functional
+rng = np.random.default_rng(0)
+query, key, value = (rng.standard_normal((1, 2, 9, 16), dtype=np.float32) for _ in range(3))
+out = functional.scaled_dot_product_attention(query, key, value)
+print(json.dumps({"sum": float(out.sum()), "tvm": "tvm" in sys.modules, "torch": "torch" in sys.modules,
+                  "builds": functional._KERNELS._last_build > 0}))
+"""
+
+
+def in_a_process(cache):
+    env = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    child = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=True)
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def test_a_second_process_finds_the_kernel_and_a_damaged_one_is_built_again(tmp_path):
+    first = in_a_process(tmp_path)
+    assert first["builds"]
+    assert not first["tvm"]
+    assert not first["torch"]
+    assert in_a_process(tmp_path) == {**first, "builds": False}
+    (library,) = (tmp_path / "attntune" / "kernels").glob("*.so")
+    library.write_bytes(library.read_bytes()[:1000])
+    assert in_a_process(tmp_path) == first
+    assert in_a_process(tmp_path) == {**first, "builds": False}
+
+
+SMALL = Attention(1, 2, 5, 7, 16)
+
+
+def test_what_is_on_disk_says_where_it_comes_from(kernels):
+    kernels.function(SMALL)
+    (manifest,) = [
+        found
+        for found in (json.loads(path.read_text()) for path in kernels.folder.glob("*.json"))
+        if found.get("workload") == json.loads(SMALL.key())
+    ]
+    assert manifest["target"]["arch"] == kernels.target.arch
+    assert manifest["versions"]["tvm"]
+    assert 0 <= manifest["max_abs_error"] < 1e-5
+    assert manifest["source"] in ("exact", "transferred", "default")
+
+
+def test_damage_of_every_kind_is_repaired(tmp_path):
+    cache = KernelCache(tmp_path)
+
+    def builds():
+        cache._functions.clear()
+        cache._last_build = 0.0
+        assert cache.function(SMALL) is not None
+        return cache._last_build > 0
+
+    assert builds()
+    assert not builds()
+    (library,) = tmp_path.glob("*.so")
+    good = library.read_bytes()
+    for damage in (b"", good[:-1] + b"x", None):
+        library.unlink()  # what this process has loaded must stay
+        if damage is not None:
+            library.write_bytes(damage)
+        assert builds()
+        assert not builds()
+    for text in ("{", "[]", "{}"):
+        library.with_suffix(".json").write_text(text)
+        assert builds()
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_a_kernel_that_is_wrong_is_not_kept(tmp_path, monkeypatch):
+    from attntune.database.record import Status
+    from attntune.errors import CompileError
+    from attntune.measure.evaluator import Evaluation
+
+    cache = KernelCache(tmp_path)
+    real = KernelCache._build_and_check
+
+    def spoilt(self, trial, path):
+        secs, _ = real(self, trial, path)
+        return secs, Evaluation(Status.WRONG_RESULT, message="off by one")
+
+    monkeypatch.setattr(KernelCache, "_build_and_check", spoilt)
+    with pytest.raises(CompileError, match="off by one"):
+        cache.function(SMALL)
+    assert not list(tmp_path.glob("*.so"))
+
+
+def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path):
+    place = tmp_path / "file"
+    place.write_text("in the way")
+    cache = KernelCache(place / "kernels")
+    assert cache.folder.is_dir()
+    assert cache.folder != place / "kernels"
+
+
+def test_clearing_forgets(tmp_path):
+    cache = KernelCache(tmp_path)
+    cache.function(SMALL)
+    assert cache.clear() == 1
+    assert not list(tmp_path.glob("*.so"))
+    cache.function(SMALL)
+    assert cache.clear() == 1
+
+
+def test_long_sequences_are_checked_by_a_sample():
+    w = Attention(2, 4, 900, 800, 8, kv_heads=2, causal=True, causal_offset=3, mask=True, bias_batch=2, bias_heads=1,
+                  layout="bhsd", weights=True)  # fmt: skip
+    inputs = w.example_inputs()
+    whole = w.reference(*inputs)
+    parts = list(w.reference_sample(*inputs))
+    assert len(parts) >= 2 * 8
+    for places, expected in parts:
+        for values, place, part in zip(whole, places, expected, strict=True):
+            np.testing.assert_allclose(part, values[place], rtol=1e-12, atol=1e-14)
+    turned = w.replace(layout="bshd", weights=False, bias_q=1)
+    inputs = turned.example_inputs()
+    (out,) = turned.reference(*inputs)
+    for (place,), (part,) in turned.reference_sample(*inputs):
+        np.testing.assert_allclose(part, out[place], rtol=1e-12, atol=1e-14)
+    (place, values), *none = list(SMALL.reference_sample(*SMALL.example_inputs()))
+    assert place == (...,)
+    assert not none
+    assert values[0].shape == SMALL.outputs()[0].shape

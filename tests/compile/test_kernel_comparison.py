@@ -1,0 +1,89 @@
+"""Kernels against PyTorch: right before timed, kept with raw samples, shown in generated tables."""
+
+import dataclasses
+
+import pytest
+
+from attntune.engines.comparison import Outcome
+from attntune.engines.kernel_comparison import KernelCase, KernelComparison, KernelOptions, compare_kernels
+from attntune.engines.kernel_suites import KERNEL_SUITES
+from attntune.errors import EngineError, ReportError
+from attntune.kernel_cache import KernelCache
+from attntune.ops import Attention, LayerNorm, Linear
+from attntune.report.benchmarks import kernel_section, update_page
+from attntune.target import native
+
+PEAKS = {"flops_per_sec": {"float32": 2e11}, "read_bytes_per_sec": 3e10, "copy_bytes_per_sec": 3e10}
+QUICK = KernelOptions(rounds=2, turn_secs=0.001, max_samples=3, pause_secs=0.0)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    cases = [
+        KernelCase("float32", "3×40→20", Linear(3, 40, 20)),
+        KernelCase("float32 causal", "1×9", Attention(1, 4, 9, 9, 16, kv_heads=2, causal=True)),
+        KernelCase("float32", "norm", LayerNorm(3, 40)),
+        KernelCase("int8", "3×40→20", None, "no such dtype"),
+    ]
+    kernels = KernelCache(tmp_path_factory.mktemp("kernels"))
+    return compare_kernels(
+        "few", cases, ["pytorch"], kernels, target=native(), options=QUICK, peaks=lambda _: PEAKS
+    )  # fmt: skip
+
+
+def test_right_engines_are_timed_and_others_are_named(found):
+    for label in ("3×40→20", "1×9"):
+        results = [r for r in found.results if r.label == label and r.workload]
+        assert {(r.engine, r.cache) for r in results} == {
+            (engine, cache) for engine in ("attntune", "pytorch") for cache in ("hot", "cold")
+        }
+        for result in results:
+            assert result.outcome is Outcome.OK
+            assert len(result.rounds) == 2
+            assert result.max_rel_error < 1e-5
+            assert result.way
+    norm = {r.engine: r for r in found.results if r.label == "norm"}
+    assert norm["attntune"].outcome is Outcome.OK
+    assert norm["pytorch"].outcome is Outcome.FAILED
+    assert "no function" in norm["pytorch"].message
+    assert [r.outcome for r in found.results if r.group == "int8"] == [Outcome.UNAVAILABLE] * 2
+
+
+def test_it_round_trips_and_becomes_a_table(found, tmp_path):
+    again = KernelComparison.load(found.save(tmp_path / "samples.json"))
+    assert again.cases() == found.cases()
+    assert again.peaks == found.peaks
+    section = kernel_section(again, "few/samples.json")
+    assert "| float32 causal | 1×9 | cold |" in section
+    assert "no such dtype" in section
+    page = tmp_path / "README.md"
+    page.write_text("# Measurements\n\nBy hand.\n")
+    update_page(page, "few", section)
+    update_page(page, "few", "## few: newer\n")
+    assert page.read_text().count("## few") == 1
+    assert page.read_text().startswith("# Measurements\n\nBy hand.\n")
+    page.write_text(page.read_text().replace("<!-- end few -->", ""))
+    with pytest.raises(ReportError, match="both marks"):
+        update_page(page, "few", section)
+
+
+def test_every_suite_has_cases_that_say_what_they_are():
+    for name, suite in KERNEL_SUITES.items():
+        cases = list(suite(native(), ("float32", "int8")))
+        assert len({(case.group, case.label) for case in cases}) == len(cases), name
+        assert all((case.workload is None) == bool(case.problem) for case in cases)
+        assert all(case.workload is not None for case in cases if case.group.startswith("float32"))
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(EngineError, match="rounds"):
+        dataclasses.replace(QUICK, rounds=0)
+    with pytest.raises(EngineError, match="warm"):
+        dataclasses.replace(QUICK, caches=("warm",))
+    with pytest.raises(EngineError, match="unknown kernel engines"):
+        compare_kernels("x", [], ["no"], KernelCache(tmp_path), target=native())
+    with pytest.raises(EngineError, match="at least one case"):
+        compare_kernels("x", [], [], KernelCache(tmp_path), target=native())
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(EngineError, match=r"x\.json"):
+        KernelComparison.load(tmp_path / "x.json")
