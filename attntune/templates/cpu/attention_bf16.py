@@ -1,7 +1,29 @@
-"""bfloat16 attention on CPUs with AVX512-BF16."""
+"""bfloat16 attention on CPUs with AVX512-BF16: the float32 template's blocks, with products of pairs (``vdpbf16ps``).
+
+    scoresᵀ[j, i] = Σ over pairs of d: key pair, read as it lies and broadcast, × query pairs, transposed once a block
+    weights       = exp2 to 1e-4 by a cubic, rounded, two keys to an int32; their sum is of the rounded weights
+    out[i, :]    += weight pair, broadcast, × value pairs, two rows interleaved once for each block of keys
+
+Scores, softmax and both sums are float32; the scale is applied to the scores in the exponential's multiply-add.
+
+Error, against float64 on the same bfloat16 operands: each weight is off by a relative d, |d| <= 2^-9 + 1e-4; as they
+are divided by their own sum, the result is off by at most 1.1 · 2^-8 · Σ_j w_j |v_j - out| before its own rounding
+(2^-9, relative). Measured over all variants: at most 8e-3 on normal operands.
+
+Ladder (GFLOP/s without the softmax; 12 heads × 64, batch 1, 2 cores of Zen 4, peak 468; PyTorch bfloat16 SDPA beside):
+
+    seq              64   128   197   256   512   777  2048
+    PyTorch          83   110   118   139   143   142   155
+    this            346   379   347   397   384   361   391
+    causal, PyTorch  41    54    59    69    70    95   127
+    causal, this    191   300   302   323   367   361   362
+
+Without its softmax a kernel at 512 is 10 % faster, without the exponential 5 %, without pairing values 5 %.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from attntune.ops.workload import Workload
@@ -19,6 +41,22 @@ class AttentionBf16CPU(AttentionCPU):
         """Every variant in bfloat16 with an even head."""
         w = _attention(workload)
         return w.dtype == "bfloat16" and w.head_dim % 2 == 0 and bf16.available(target)
+
+    def default(self, workload: Workload, target: Target) -> Config:
+        """A score tile of two query vectors by eight keys; wide blocks of queries, which share the paired values."""
+        w = _attention(workload)
+        query_vectors = math.ceil(w.q_len / target.lanes("float32"))
+        keys = w.kv_len if w.kv_len <= 512 else 128 if w.kv_len % 128 else 512
+        wanted = {
+            "query_vectors": 2, "key_tile": 8, "query_tiles": min(4, max(1, query_vectors // 2)), "key_block": keys,
+            "out_rows": 4, "heads_inner": 0,
+        }  # fmt: skip
+
+        def distance(config: Config) -> tuple[float, str]:
+            apart = (abs(math.log2((int(config[name]) + 1) / (value + 1))) for name, value in wanted.items())
+            return sum(apart), config.key()
+
+        return min(self.space(workload, target), key=distance)
 
     def schedule(self, workload: Workload, target: Target, config: Config) -> Any:
         """See the module's description."""

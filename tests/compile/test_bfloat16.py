@@ -1,0 +1,53 @@
+"""Native bfloat16 attention: every variant and odd length against float64, to the error that its template states."""
+
+import numpy as np
+import pytest
+
+from attntune.measure.buffers import GuardedArray, as_tensor, numpy_dtype
+from attntune.ops import Attention
+from attntune.target import native
+from attntune.templates import template_for
+from attntune.templates.cpu import bf16
+from attntune.templates.cpu.attention_bf16 import AttentionBf16CPU
+from attntune.templates.lowering import build
+
+TARGET = native().with_cores(2)
+
+pytestmark = pytest.mark.skipif(not bf16.available(native()), reason="this CPU lacks AVX512-BF16")
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [
+        Attention(2, 3, 17, 17, 32, packed=True, mask=True),
+        Attention(1, 4, 5, 29, 8, kv_heads=2, mask=True),
+        Attention(3, 2, 33, 33, 16, packed=True, causal=True, mask=True),
+        Attention(2, 2, 7, 31, 20, causal=True, causal_offset=24),
+        Attention(1, 2, 19, 13, 80, bias_batch=1, bias_heads=2, scale=0.25),
+        Attention(1, 2, 1, 1, 2),
+        Attention(1, 3, 131, 197, 64, layout="bhsd"),
+        Attention(3, 2, 67, 67, 16, packed=True, lengths="qkv", causal=True),
+        Attention(3, 4, 1, 151, 64, kv_heads=2, lengths="kv"),
+        Attention(4, 2, 131, 131, 16, packed=True, ragged=True),
+    ],
+    ids=str,
+)
+def test_native_attention_is_within_its_stated_error(workload):
+    workload = workload.replace(dtype="bfloat16")
+    template = template_for(workload, TARGET)
+    assert isinstance(template, AttentionBf16CPU)
+    config = template.default(workload, TARGET)
+    assert config in template.space(workload, TARGET)
+    kernel = build(template.schedule(workload, TARGET, config), TARGET)
+    inputs = workload.example_inputs(seed=1)
+    operands = [GuardedArray.holding(np.ascontiguousarray(value)) for value in inputs]
+    (out,) = (GuardedArray(spec.shape, numpy_dtype(spec.dtype)) for spec in workload.outputs())
+    kernel["main"](*(as_tensor(operand.array) for operand in (*operands, out)))
+    assert all(operand.guards_intact() for operand in (*operands, out))
+    (expected,) = workload.reference(*inputs)
+    # 1.1 · 2^-8 · Σ w |v - out|, with normal values at most about 4 from their mean; and the result's own rounding.
+    np.testing.assert_allclose(out.array.astype(np.float64), expected, rtol=2.0**-8, atol=4 * 1.1 * 2.0**-8)
+
+
+def test_an_odd_head_is_refused():
+    assert not AttentionBf16CPU().supports(Attention(1, 1, 4, 4, 17, dtype="bfloat16"), TARGET)
