@@ -16,13 +16,14 @@ same reference as every other. Queries round up to one vector, keys not at all.
 
 Ladder (GFLOP/s without the softmax; 12 heads, float32, 2 cores of Zen 4, measured peak 226 to 231):
 
-    seq 512 × 64, untransposed blocks of a first guess            148
-    + full register tiles, score blocks in the first-level cache  190
+    seq 512 × 64, first guess of a default                        148
+    + full register tiles, score blocks in the first-level cache  195
     + maxima taken in the score tile, 12 accumulators, 96 queries 204
     seq 128 × 32, packed qkv, padding mask                        150-160
     + queries transposed by shuffles, the mask as initial sum     189
     values copied to a contiguous block first: 5 % slower, left out
-    8 × 4, 12 × 2 and 4 × 4 × 2 tiles: 25 % slower where the register allocator spills the second product
+    4 vectors × 4 keys, 2 × 8, 1 × 12 with query_tiles 2: 25 % slower where the second product's sums are spilled
+    odd strides between query vectors: no difference beyond noise, kept
 """
 
 from __future__ import annotations
