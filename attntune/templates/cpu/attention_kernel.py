@@ -46,7 +46,7 @@ class AttentionKernel:
         self.heads_inner = bool(config["heads_inner"])
         self.dims_held = held_dims(w.head_dim, target)
         self.dim_vectors = math.ceil(w.head_dim / self.lanes)
-        #: From one query vector to the next; odd, so that no two rows share the sets of a cache by construction.
+        #: From one query vector to the next, in elements; an odd number of vectors, so not a multiple of 4 KiB.
         self.qt_stride = (w.head_dim + 1) * self.lanes
         self.p_stride = _odd(self.key_block + TALLEST) * self.lanes
         #: Scores that are more than a sum of the product, a term for each key and one for each pair.
