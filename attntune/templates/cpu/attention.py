@@ -7,18 +7,23 @@ A block of queries is transposed once, so that vector lanes run over queries. Sc
     out[i, :] += scoresᵀ[j, i] · value[j, :]          value read as it lies, one scalar broadcast a multiply-add
 
 so neither keys nor values need packing, whatever their strides, and grouped heads cost nothing. Scores are scaled by
-log2 e with the query, and the exponential is exp2.
+log2 e with the query, and the exponential is exp2. Masks, ALiBi and biases are what a score's sum starts from; only
+tiles on the diagonal or at the window's edge are masked, and tiles that no query of theirs sees are skipped, in both
+products. Scores that are not such sums (softcap, ``score_mod``) take one more pass.
 
 Scheduling primitives cannot derive the running maximum, so this template is written in TIR and checked against the
-same reference as every other. Bounds of the last block are computed, not padded: queries round up to ``query_vectors``
-vectors, keys not at all.
+same reference as every other. Queries round up to one vector, keys not at all.
 
-Ladder (GFLOP/s without the softmax; 12 heads, float32, 2 cores of Zen 4, measured peak 215 to 230):
+Ladder (GFLOP/s without the softmax; 12 heads, float32, 2 cores of Zen 4, measured peak 226 to 231):
 
     seq 512 × 64, first guess of a default                        148
     + full register tiles, score blocks in the first-level cache  195
+    + maxima taken in the score tile, 12 accumulators, 96 queries 204
     seq 128 × 32, packed qkv, padding mask                        150-160
+    + queries transposed by shuffles, the mask as initial sum     189
     values copied to a contiguous block first: 5 % slower, left out
+    4 vectors × 4 keys, 2 × 8, 1 × 12 with query_tiles 2: 25 % slower where the second product's sums are spilled
+    odd strides between query vectors: no difference beyond noise, kept
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class AttentionDecodeCPU(ScheduleTemplate):
         return ConfigSpace(knobs, [])
 
     def default(self, workload: Workload, target: Target) -> Config:
-        """The fewest splits that keep every core busy; blocks that stay in the first-level cache."""
+        """The fewest splits that keep every core busy; blocks of twice the first-level cache."""
         w = _attention(workload)
         lanes = target.lanes("float32")
 
@@ -64,7 +64,7 @@ class AttentionDecodeCPU(ScheduleTemplate):
             tasks = w.batch * w.kv_heads * config.integer("splits")
             imbalance = math.ceil(tasks / target.cores) * target.cores / tasks
             keys = config.integer("key_vectors") * lanes
-            fit = 1.0 + 0.02 * abs(math.log2(8.0 * keys * w.head_dim / (0.5 * target.l1d_bytes)))
+            fit = 1.0 + 0.02 * abs(math.log2(8.0 * keys * w.head_dim / (2.0 * target.l1d_bytes)))
             held = 1.0 + 0.02 / config.integer("out_rows")
             return imbalance * fit * held * (1.0 + 0.01 * config.integer("splits")), config.key()
 

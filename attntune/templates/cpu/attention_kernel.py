@@ -46,8 +46,7 @@ class AttentionKernel:
         self.heads_inner = bool(config["heads_inner"])
         self.dims_held = held_dims(w.head_dim, target)
         self.dim_vectors = math.ceil(w.head_dim / self.lanes)
-        #: From one query vector to the next. Not multiples of 4 KiB: the same rows of all vectors would then compete
-        #: for the same sets of the first-level cache.
+        #: From one query vector to the next, in elements; an odd number of vectors, so not a multiple of 4 KiB.
         self.qt_stride = (w.head_dim + 1) * self.lanes
         self.p_stride = _odd(self.key_block + TALLEST) * self.lanes
         #: Scores that are more than a sum of the product, a term for each key and one for each pair.
