@@ -38,8 +38,8 @@ class Parity:
         return ", ".join(f"{name} {limit:g}" for name, limit in limits if limit is not None)
 
 
-#: Demands by precision; a comparison's ``tolerance`` replaces float32's. The limit on the norm only has to catch a result
-#: that is wrong by a factor: rounding moved the worst row of the engines measured by 2 to 4 %.
+#: Demands by precision; a comparison's ``tolerance`` replaces float32's. The limit on the norm only has to catch a
+#: result that is wrong by a factor: rounding moved the worst row of the engines measured by 2 to 4 %.
 PARITY: Mapping[str, Parity] = {
     FLOAT32: Parity(max_abs_error=1e-4),
     "bfloat16": Parity(min_cosine=0.999, max_norm_error=0.25),

@@ -30,6 +30,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import psutil
+
 from attntune.errors import AttntuneError, WorkerError
 
 _HEADER_BYTES = 8
@@ -256,8 +258,15 @@ class _Child:
 
     def kill(self) -> None:
         if self.process.poll() is None:
+            # Workers of its own may have left its process group, as TVM's do; they would poll for ever.
+            offspring = []
+            with contextlib.suppress(psutil.Error):
+                offspring = psutil.Process(self.process.pid).children(recursive=True)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+            for process in offspring:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
 
     def bury(self) -> None:
         """Kill, reap and close everything; may be called twice."""

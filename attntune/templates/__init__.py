@@ -8,8 +8,8 @@ from attntune.errors import ScheduleError, TargetError
 from attntune.ops.workload import Workload
 from attntune.target import Target
 from attntune.templates.cpu.attention import AttentionCPU
-from attntune.templates.cpu.attention_decode import AttentionDecodeCPU
 from attntune.templates.cpu.attention_bf16 import AttentionBf16CPU
+from attntune.templates.cpu.attention_decode import AttentionDecodeCPU
 from attntune.templates.cpu.embedding_norm import EmbeddingNormCPU
 from attntune.templates.cpu.generic import GenericCPU
 from attntune.templates.cpu.layer_norm import LayerNormCPU
