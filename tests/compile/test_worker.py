@@ -204,3 +204,11 @@ def test_no_orphan_after_the_parent_is_killed(tmp_path, mode):
     script.wait()
     script.stdout.close()
     assert gone(child)
+
+
+def test_what_a_child_started_in_a_session_of_its_own_ends_with_it(process):
+    with pytest.raises(RemoteError):  # the answer, a Popen, cannot be pickled; the process runs all the same
+        process.call("subprocess:Popen", ["sleep", "600"], start_new_session=True)
+    (offspring,) = psutil.Process(process.pid).children()
+    process.kill()
+    assert gone(offspring.pid)
