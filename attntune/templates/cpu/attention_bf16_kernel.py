@@ -9,7 +9,7 @@ from attntune.ops.attention import MASKED, Attention
 from attntune.search.space import Config
 from attntune.target import Target
 from attntune.templates.cpu import bf16
-from attntune.templates.cpu.attention_kernel import TALLEST, AttentionKernel
+from attntune.templates.cpu.attention_kernel import AttentionKernel
 
 _LOG2_E = math.log2(math.e)
 #: A pair of ones.
