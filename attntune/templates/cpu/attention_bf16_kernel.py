@@ -228,7 +228,7 @@ class AttentionBf16Kernel(AttentionKernel):
         from tvm.tirx.script.builder import ir as T
 
         w, v, lanes = self.w, self.v, self.lanes
-        tail = T.sblock_alloc_buffer((lanes,), "uint16", scope="local") if w.head_dim % lanes else None
+        tail: Any = T.sblock_alloc_buffer((lanes,), "uint16", scope="local") if w.head_dim % lanes else None
         with T.serial(self.queries) as i:
             inverse = T.bind(tirx.const(1.0, "float32") / T.max(self.total[i], tirx.const(1e-30, "float32")))
             for dim in range(self.dim_vectors):
