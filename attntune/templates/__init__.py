@@ -9,6 +9,7 @@ from attntune.ops.workload import Workload
 from attntune.target import Target
 from attntune.templates.cpu.attention import AttentionCPU
 from attntune.templates.cpu.attention_bf16 import AttentionBf16CPU
+from attntune.templates.cpu.attention_decode import AttentionDecodeCPU
 from attntune.templates.cpu.embedding_norm import EmbeddingNormCPU
 from attntune.templates.cpu.generic import GenericCPU
 from attntune.templates.cpu.layer_norm import LayerNormCPU
@@ -21,6 +22,7 @@ from attntune.templates.template import Packing, ScheduleTemplate
 #: template adds one line here.
 REGISTRY: tuple[ScheduleTemplate, ...] = (
     AttentionBf16CPU(),
+    AttentionDecodeCPU(),
     AttentionCPU(),
     EmbeddingNormCPU(),
     LayerNormCPU(),

@@ -192,7 +192,7 @@ ROWS: dict[str, Row] = {
             Attention(2, 6, 3, 131, 40, kv_heads=2, layout="bhsd", lengths="kv", causal=True, alibi=True, window=70),
             Attention(2, 2, 7, 33, 8, score_mod="operators:halve_far_scores", causal=True),
             Attention(4, 2, 131, 131, 16, packed=True, ragged=True),
-            Attention(2, 2, 50, 50, 8, ragged=True, causal=True, window=9, score_mod="operators:halve_far_scores"),
+            Attention(2, 2, 15, 15, 8, ragged=True, causal=True, window=9, score_mod="operators:halve_far_scores"),
         ),
         oracle=_attention,
         call=(

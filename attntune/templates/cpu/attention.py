@@ -7,18 +7,23 @@ A block of queries is transposed once, so that vector lanes run over queries. Sc
     out[i, :] += scoresᵀ[j, i] · value[j, :]          value read as it lies, one scalar broadcast a multiply-add
 
 so neither keys nor values need packing, whatever their strides, and grouped heads cost nothing. Scores are scaled by
-log2 e with the query, and the exponential is exp2.
+log2 e with the query, and the exponential is exp2. Masks, ALiBi and biases are what a score's sum starts from; only
+tiles on the diagonal or at the window's edge are masked, and tiles that no query of theirs sees are skipped, in both
+products. Scores that are not such sums (softcap, ``score_mod``) take one more pass.
 
 Scheduling primitives cannot derive the running maximum, so this template is written in TIR and checked against the
-same reference as every other. Bounds of the last block are computed, not padded: queries round up to ``query_vectors``
-vectors, keys not at all.
+same reference as every other. Queries round up to one vector, keys not at all.
 
-Ladder (GFLOP/s without the softmax; 12 heads, float32, 2 cores of Zen 4, measured peak 215 to 230):
+Ladder (GFLOP/s without the softmax; 12 heads, float32, 2 cores of Zen 4, measured peak 226 to 231):
 
     seq 512 × 64, first guess of a default                        148
     + full register tiles, score blocks in the first-level cache  195
+    + maxima taken in the score tile, 12 accumulators, 96 queries 204
     seq 128 × 32, packed qkv, padding mask                        150-160
+    + queries transposed by shuffles, the mask as initial sum     189
     values copied to a contiguous block first: 5 % slower, left out
+    4 vectors × 4 keys, 2 × 8, 1 × 12 with query_tiles 2: 25 % slower where the second product's sums are spilled
+    odd strides between query vectors: no difference beyond noise, kept
 """
 
 from __future__ import annotations
@@ -72,32 +77,30 @@ class AttentionCPU(ScheduleTemplate):
         return ConfigSpace(knobs, [fits])
 
     def default(self, workload: Workload, target: Target) -> Config:
-        """Register tiles as full as they go, score blocks that stay in the first-level cache, balanced cores."""
+        """Register tiles of a dozen accumulators, blocks of about 96 queries and 256 keys, balanced cores."""
         w = _attention(workload)
         lanes = target.lanes("float32")
-        dims = min(math.ceil(w.head_dim / lanes), target.vector_registers // 4)
+        dims = held_dims(w.head_dim, target)
+        query_vectors = math.ceil(w.q_len / lanes)
 
         def cost(config: Config) -> tuple[float, str]:
             vectors, tile, rows = (config.integer(n) for n in ("query_vectors", "key_tile", "out_rows"))
-            block_queries = vectors * lanes * config.integer("query_tiles")
-            blocks = math.ceil(w.kv_len / config.integer("key_block"))
-            padded = _ceil(w.q_len, vectors * lanes) / w.q_len
-            tasks = w.batch * w.heads * math.ceil(w.q_len / block_queries)
+            block_vectors = vectors * config.integer("query_tiles")
+            blocks = math.ceil(query_vectors / block_vectors)
+            tasks = w.batch * w.heads * blocks
             imbalance = math.ceil(tasks / target.cores) * target.cores / tasks
-            products = _step_cost(tile, vectors, target) + _step_cost(rows, dims, target)
-            block_bytes = 4 * block_queries * min(config.integer("key_block"), w.kv_len)
-            in_cache = (
-                1.0 if block_bytes <= 0.6 * target.l1d_bytes else 1.03 if block_bytes <= target.l1d_bytes else 1.08
-            )
-            # Every block of keys rescales what is held of the result; every block of queries reads all keys again.
-            rescale = 1.0 + (2.0 / config.integer("key_block") if blocks > 1 else 0.0)
-            reread = 1.0 + 1.0 / block_queries
+            # More accumulators than a dozen or so bring nothing, and the register allocator spills them.
+            tiles = _fill_cost(vectors * tile, 12) * _fill_cost(rows * dims, 16)
+            shape = 1.0 + 0.01 * abs(vectors - 3) + 0.01 * abs(min(block_vectors, query_vectors) - 6)
+            # A block's last vectors that fill no tile.
+            shape += 0.02 * (math.ceil(query_vectors / blocks) % vectors > 0)
+            keys = min(config.integer("key_block"), w.kv_len)
+            blocked = 1.0 + 0.02 * abs(math.log2(keys / min(256, w.kv_len)))
             # Rows that the layers before and after compute on this core, unless keys and values then leave its cache.
             keys_and_values = 8 * w.kv_len * w.kv_heads * w.head_dim
-            local = w.batch % target.cores != 0 and keys_and_values <= target.l2_bytes // 2
+            local = w.batch % target.cores != 0 and w.layout == "bshd" and keys_and_values <= target.l2_bytes // 2
             order = 1.0 if config["heads_inner"] == local else 1.01
-            tails = 1.0 + 0.03 * bool(w.kv_len % tile) + 0.01 * bool(block_queries % rows)
-            return padded * imbalance * products * in_cache * rescale * reread * order * tails, config.key()
+            return imbalance * tiles * shape * blocked * order, config.key()
 
         return min(self.space(workload, target), key=cost)
 
@@ -112,7 +115,7 @@ class AttentionCPU(ScheduleTemplate):
         w = _attention(workload)
         lanes = target.lanes("float32")
         vectors, tile, rows = (config.integer(n) for n in ("query_vectors", "key_tile", "out_rows"))
-        dims = math.ceil(w.head_dim / lanes)
+        dims = held_dims(w.head_dim, target)
         block_queries = vectors * lanes * config.integer("query_tiles")
         tasks = w.batch * w.heads * math.ceil(w.q_len / block_queries)
         block = 4.0 * block_queries * min(config.integer("key_block"), w.kv_len)
@@ -124,21 +127,20 @@ class AttentionCPU(ScheduleTemplate):
             "out_intensity": rows * dims / (rows + dims),
             "block_in_l1": block / target.l1d_bytes,
             "block_in_l2": block / target.l2_bytes,
-            "query_padding": _ceil(w.q_len, vectors * lanes) / w.q_len,
+            "query_padding": _ceil(w.q_len, lanes) / w.q_len,
             "imbalance": math.ceil(tasks / target.cores) * target.cores / tasks,
             "key_blocks": math.ceil(w.kv_len / config.integer("key_block")),
             "key_tail": (w.kv_len % tile) / tile,
+            "last_vectors": float(math.ceil(w.q_len / lanes) % vectors),
             "log_q": math.log2(w.q_len),
             "log_kv": math.log2(w.kv_len),
             "head_dim": float(w.head_dim),
         }
 
 
-def _step_cost(rows: int, vectors: int, target: Target) -> float:
-    """Cycles, relative, of one multiply-add of a register tile; see the linear template."""
-    multiply_adds, loads = rows * vectors, rows + vectors
-    crowded = (multiply_adds + vectors) / target.vector_registers > 0.86
-    return (max(multiply_adds, 0.75 * loads, 8.0) + 0.05 * loads) * (1.15 if crowded else 1.0) / multiply_adds
+def _fill_cost(accumulators: int, wanted: int) -> float:
+    """Relative time of a register tile: too few leave the multiply-adds waiting for one another."""
+    return math.sqrt(max(1.0, wanted / accumulators)) * (1.0 + 0.01 * max(0, accumulators - wanted))
 
 
 def _ceil(value: int, multiple: int) -> int:

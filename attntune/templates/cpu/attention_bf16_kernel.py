@@ -139,14 +139,14 @@ class AttentionBf16Kernel(AttentionKernel):
                 if not self.scaled_late:
                     score = score * v.splat(self.factor)
                 if self.pair_terms:
-                    score = score + v.load(self.p, [g + k, at + a, 0])
+                    score = score + v.load(self.p, self._s(g + k, at + a))
                 if self.key_terms:
                     score = score + v.broadcast(self.terms[at + a])
                 if edge and w.causal and not self.general:
                     for allowed in self._visible(g + k, v.broadcast(self.start + at + a)):
                         score = tirx.Select(allowed, score, v.splat(MASKED))
                 score = T.bind(score)
-                v.store(self.p, [g + k, at + a, 0], score)
+                v.store(self.p, self._s(g + k, at + a), score)
                 if not self.general:
                     v.store(best, [k, 0], T.max(v.load(best, [k, 0]), score))
 
@@ -163,10 +163,10 @@ class AttentionBf16Kernel(AttentionKernel):
         if not isinstance(self.keys, int):
             with T.If(self.keys % 2 == 1), T.Then():
                 for k in range(vectors):
-                    v.store(self.p, [g + k, self.keys, 0], v.splat(MASKED))
+                    v.store(self.p, self._s(g + k, self.keys), v.splat(MASKED))
         elif self.keys % 2:
             for k in range(vectors):
-                v.store(self.p, [g + k, self.keys, 0], v.splat(MASKED))
+                v.store(self.p, self._s(g + k, self.keys), v.splat(MASKED))
         tops = []
         for k in range(vectors):
             at = (g + k) * lanes
@@ -183,9 +183,9 @@ class AttentionBf16Kernel(AttentionKernel):
             j = low + n
             for k in range(vectors):
                 # Sums are of the rounded weights: what rounding does to all of them alike cancels.
-                powers = [bf16.exp2(v.load(self.p, [g + k, j * 2 + i, 0]) * scale - tops[k]) for i in range(2)]
+                powers = [bf16.exp2(v.load(self.p, self._s(g + k, j * 2 + i)) * scale - tops[k]) for i in range(2)]
                 pair = T.bind(bf16.round_to_pairs(*powers))
-                v.store(self.p, [g + k, j, 0], tirx.reinterpret("float32x16", pair))
+                v.store(self.p, self._s(g + k, j), tirx.reinterpret("float32x16", pair))
                 ones = v.broadcast(tirx.const(_ONES, "int32"))
                 v.store(added, [k, 0], bf16.dot(v.load(added, [k, 0]), pair, ones))
         for k in range(vectors):
@@ -212,7 +212,7 @@ class AttentionBf16Kernel(AttentionKernel):
         with T.serial(high - low) as n:
             j = low + n
             for a in range(rows):
-                weight = self.p[t // (lanes // rows), j, t % (lanes // rows) * rows + a]
+                weight = self.p[tuple(self._s(t // (lanes // rows), j, t % (lanes // rows) * rows + a))]
                 pair = v.broadcast(tirx.reinterpret("int32", weight))
                 for e, dim in enumerate(dims):
                     value = self.value_pairs.vload([j, dim * lanes], dtype="int32x16")

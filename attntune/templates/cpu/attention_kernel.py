@@ -17,13 +17,18 @@ TALLEST = 14
 
 
 def held_dims(head_dim: int, target: Target) -> int:
-    """Vectors of the head that one pass over the values accumulates; wide heads take several passes."""
-    return min(math.ceil(head_dim / target.lanes("float32")), target.vector_registers // 4)
+    """Vectors of the head that one pass over the values accumulates; wide heads take several equal passes."""
+    dims = math.ceil(head_dim / target.lanes("float32"))
+    return math.ceil(dims / math.ceil(dims / max(1, target.vector_registers // 8)))
 
 
 def tile_for(vectors: int, key_tile: int, whole: int) -> int:
     """Keys in a score tile of ``vectors`` query vectors, where one of ``whole`` vectors has ``key_tile``."""
     return min(TALLEST, key_tile * whole // vectors)
+
+
+def _odd(value: int) -> int:
+    return value | 1
 
 
 class AttentionKernel:
@@ -41,6 +46,9 @@ class AttentionKernel:
         self.heads_inner = bool(config["heads_inner"])
         self.dims_held = held_dims(w.head_dim, target)
         self.dim_vectors = math.ceil(w.head_dim / self.lanes)
+        #: From one query vector to the next, in elements; an odd number of vectors, so not a multiple of 4 KiB.
+        self.qt_stride = (w.head_dim + 1) * self.lanes
+        self.p_stride = _odd(self.key_block + TALLEST) * self.lanes
         #: Scores that are more than a sum of the product, a term for each key and one for each pair.
         self.general = bool(w.softcap or w.score_mod)
         self.key_terms = not self.general and (w.mask or w.alibi or bool(w.bias_heads and w.bias_q == 1))
@@ -166,6 +174,14 @@ class AttentionKernel:
         self.kv_head = h // (w.heads // w.kv_heads)
         self.key_column, self.value_column = (q_width, q_width + kv_width) if w.packed else (0, 0)
 
+    def _q(self, vector: Any, d: Any, lane: Any = 0) -> list[Any]:
+        """Where component ``d`` of a vector of transposed queries is."""
+        return [vector * self.qt_stride + d * self.lanes + lane]
+
+    def _s(self, vector: Any, j: Any, lane: Any = 0) -> list[Any]:
+        """Where the score of key ``j`` of the block is, for a vector of queries."""
+        return [vector * self.p_stride + j * self.lanes + lane]
+
     def _at(self, head: Any, row: Any, d: Any, column: int = 0) -> list[Any]:
         """Index of an element of a query, key, value or result of this block's sequence."""
         w = self.w
@@ -183,8 +199,8 @@ class AttentionKernel:
         w, v, lanes = self.w, self.v, self.lanes
         size, padded = self.block_vectors * lanes, self.dim_vectors * lanes
         key_rows = self.key_block + TALLEST
-        self.qt = T.sblock_alloc_buffer((self.block_vectors, w.head_dim, lanes), "float32")
-        self.p = T.sblock_alloc_buffer((self.block_vectors, key_rows, lanes), "float32")
+        self.qt = T.sblock_alloc_buffer((self.block_vectors * self.qt_stride,), "float32")
+        self.p = T.sblock_alloc_buffer((self.block_vectors * self.p_stride,), "float32")
         self.out = T.sblock_alloc_buffer((size + self.out_rows, padded), "float32")
         self.top = T.sblock_alloc_buffer((size,), "float32")
         self.total = T.sblock_alloc_buffer((size,), "float32")
@@ -242,14 +258,14 @@ class AttentionKernel:
                         return v.load(self.query, self._at(self.h, rows[row], part * lanes))
 
                     def store(column: int, vector: Any) -> None:
-                        v.store(self.qt, [g, part * lanes + column, 0], vector * v.splat(factor))
+                        v.store(self.qt, self._q(g, part * lanes + column), vector * v.splat(factor))
 
                     v.transpose(load, store)
             if whole < w.head_dim:
                 with T.serial(w.head_dim - whole) as d:
                     for lane in range(lanes):
                         element = self.query[tuple(self._at(self.h, rows[lane], whole + d))]
-                        T.buffer_store(self.qt, element * tirx.const(factor, "float32"), [g, whole + d, lane])
+                        T.buffer_store(self.qt, element * tirx.const(factor, "float32"), self._q(g, whole + d, lane))
 
     # -- one block of keys ---------------------------------------------------------------------------------------------
 
@@ -380,7 +396,7 @@ class AttentionKernel:
 
                 def store(column: int, vector: Any) -> None:
                     kept = T.max(vector, v.broadcast(floor)) * v.broadcast(log2e)
-                    v.store(self.p, [g + k, at + column, 0], kept)
+                    v.store(self.p, self._s(g + k, at + column), kept)
 
                 v.transpose(load, store)
             done = self.keys // lanes * lanes
@@ -388,7 +404,7 @@ class AttentionKernel:
             with T.serial(T.min(self.keys, 1) * (self.keys - done + (TALLEST - 1))) as j:
                 for lane in range(lanes):
                     value = bias[b, h, rows[lane], self.start + T.min(done + j, self.keys - 1)]
-                    T.buffer_store(self.p, T.max(value, floor) * log2e, [g + k, done + j, lane])
+                    T.buffer_store(self.p, T.max(value, floor) * log2e, self._s(g + k, done + j, lane))
 
     def _score_tile(self, at: Any, height: int, g: Any, vectors: int, best: Any, edge: bool) -> None:
         """Scores of ``height`` keys from ``start + at``; a tile at an ``edge`` is masked and may reach past the keys.
@@ -407,7 +423,7 @@ class AttentionKernel:
             for k in range(vectors):
                 initial = v.splat(0.0)
                 if self.pair_terms:
-                    initial = v.load(self.p, [g + k, at + a, 0])
+                    initial = v.load(self.p, self._s(g + k, at + a))
                 if self.key_terms:
                     term = v.broadcast(self.terms[at + a])
                     initial = initial + term if self.pair_terms else term
@@ -416,7 +432,7 @@ class AttentionKernel:
             for a in range(height):
                 key = v.broadcast(self.key[tuple(self._at(self.kv_head, row[a], d, self.key_column))])
                 for k in range(vectors):
-                    v.store(acc, [a, k, 0], v.load(acc, [a, k, 0]) + key * v.load(self.qt, [g + k, d, 0]))
+                    v.store(acc, [a, k, 0], v.load(acc, [a, k, 0]) + key * v.load(self.qt, self._q(g + k, d)))
         for a in range(height):
             for k in range(vectors):
                 score = v.load(acc, [a, k, 0])
@@ -425,7 +441,7 @@ class AttentionKernel:
                         score = tirx.Select(allowed, score, v.splat(MASKED))
                     v.store(acc, [a, k, 0], score)
                     score = v.load(acc, [a, k, 0])
-                v.store(self.p, [g + k, at + a, 0], score)
+                v.store(self.p, self._s(g + k, at + a), score)
                 if not self.general:
                     v.store(best, [k, 0], T.max(v.load(best, [k, 0]), score))
 
@@ -456,18 +472,20 @@ class AttentionKernel:
             for k in range(vectors):
                 with T.vectorized(lanes) as lane:
                     i = self.first + T.min((g + k) * lanes + lane, self.queries - 1)
-                    value = modified(w, self.p[g + k, j, lane], read, modify, self.b, self.h, i, self.start + j)
+                    value = modified(
+                        w, self.p[tuple(self._s(g + k, j, lane))], read, modify, self.b, self.h, i, self.start + j
+                    )
                     value = value * tirx.const(_LOG2_E, "float32")
                     if w.mask:
                         kept = self.operand["mask"][self.b, self.start + j] != 0
                         value = tirx.Select(kept, value, tirx.const(MASKED, "float32"))
-                    T.buffer_store(self.p, value, [g + k, j, lane])
-                score = v.load(self.p, [g + k, j, 0])
+                    T.buffer_store(self.p, value, self._s(g + k, j, lane))
+                score = v.load(self.p, self._s(g + k, j))
                 if w.causal:
                     for allowed in self._visible(g + k, v.broadcast(self.start + j)):
                         score = tirx.Select(allowed, score, v.splat(MASKED))
-                    v.store(self.p, [g + k, j, 0], score)
-                v.store(best, [k, 0], T.max(v.load(best, [k, 0]), v.load(self.p, [g + k, j, 0])))
+                    v.store(self.p, self._s(g + k, j), score)
+                v.store(best, [k, 0], T.max(v.load(best, [k, 0]), v.load(self.p, self._s(g + k, j))))
 
     def _softmax(self, low: Any, high: Any, g: Any, vectors: int, best: Any, first: bool) -> None:
         """Exponentials of the keys ``low`` to ``high``; new maximum, sum, and ``alpha``: what old sums shrink by."""
@@ -489,9 +507,9 @@ class AttentionKernel:
             j = low + n
             for k in range(vectors):
                 with T.vectorized(lanes) as lane:
-                    power = tmath.exp2_nonpositive(self.p[g + k, j, lane] - best[k, lane])
-                    T.buffer_store(self.p, power, [g + k, j, lane])
-                v.store(added, [k, 0], v.load(added, [k, 0]) + v.load(self.p, [g + k, j, 0]))
+                    power = tmath.exp2_nonpositive(self.p[tuple(self._s(g + k, j, lane))] - best[k, lane])
+                    T.buffer_store(self.p, power, self._s(g + k, j, lane))
+                v.store(added, [k, 0], v.load(added, [k, 0]) + v.load(self.p, self._s(g + k, j)))
         for k in range(vectors):
             at = (g + k) * lanes
             total = v.load(added, [k, 0])
@@ -516,10 +534,10 @@ class AttentionKernel:
             j = low + n
             for a in range(rows):
                 if lanes % rows == 0:
-                    weight = self.p[t // (lanes // rows), j, t % (lanes // rows) * rows + a]
+                    weight = self.p[tuple(self._s(t // (lanes // rows), j, t % (lanes // rows) * rows + a))]
                 else:
                     row = T.min(t * rows + a, self.block_vectors * lanes - 1)
-                    weight = self.p[row // lanes, j, row % lanes]
+                    weight = self.p[tuple(self._s(row // lanes, j, row % lanes))]
                 for e, dim in enumerate(dims):
                     product = v.broadcast(weight) * self._value(self.start + j, dim)
                     v.store(acc, [a, e, 0], v.load(acc, [a, e, 0]) + product)
@@ -581,7 +599,7 @@ class AttentionKernel:
         lanes = self.lanes
         with T.serial(vectors * lanes) as i, T.If(g * lanes + i < self.queries), T.Then(), T.serial(self.keys) as j:
             place = [self.b, self.h, self.first + g * lanes + i, self.start + j]
-            T.buffer_store(self.operand["weights"], self.p[g + i // lanes, j, i % lanes], place)
+            T.buffer_store(self.operand["weights"], self.p[tuple(self._s(g + i // lanes, j, i % lanes))], place)
 
     def _finish_weights(self, tiny: Any) -> None:
         """Scores to weights: the maximum and the sum of a row are known only after its last block of keys."""

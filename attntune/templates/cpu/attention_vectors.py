@@ -71,3 +71,29 @@ class Vectors:
             step *= 2
         for column in range(lanes):
             store(column, rows[column])
+
+    def sums(self, rows: list[Any]) -> Any:
+        """A vector whose lane k is the sum of the elements of ``rows[k]``: lanes - 1 pairs of shuffles and adds."""
+        from tvm.tirx.script.builder import ir as T
+
+        lanes, step = self.lanes, 1
+        while step < lanes:
+            low = [k if k & step == 0 else lanes + k - step for k in range(lanes)]
+            high = [k + step if k & step == 0 else lanes + k for k in range(lanes)]
+            rows = [
+                T.bind(self.shuffle(a, b, low) + self.shuffle(a, b, high))
+                for a, b in zip(rows[0::2], rows[1::2], strict=True)
+            ]
+            step *= 2
+        return rows[0]
+
+    def fold(self, value: Any, combine: Callable[[Any, Any], Any]) -> Any:
+        """``combine`` of all lanes (a maximum, a sum), in every lane."""
+        from tvm.tirx.script.builder import ir as T
+
+        step = 1
+        while step < self.lanes:
+            value = T.bind(value)
+            value = combine(value, self.shuffle(value, value, [k ^ step for k in range(self.lanes)]))
+            step *= 2
+        return T.bind(value)

@@ -1,0 +1,324 @@
+"""Attention of a few queries over many keys, as in decoding with a cache, on CPUs.
+
+Bound by memory: each key and value is read once, for all the query heads that share it and all their queries ("rows").
+A sequence's keys may be split between cores; each split keeps its own maximum, sum and weighted sum, combined last
+(Dao et al., "Flash-Decoding", 2023).
+
+    scores[r, j…j+lanes] = sums of key[j] · query[r]     lanes run over the head, then one shuffle tree sums a tile
+    out[r, :] += scores[r, j] · value[j, :]              value read as it lies, one scalar broadcast a multiply-add
+
+Lengths are operands: keys past a sequence's length are neither visited nor read.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from attntune.ops.attention import FLOOR, MASKED, Attention
+from attntune.ops.attention_expression import conditions, modified
+from attntune.ops.workload import Workload
+from attntune.search.space import Config, ConfigSpace, Knob
+from attntune.target import Target
+from attntune.templates.cpu.attention_vectors import Vectors
+from attntune.templates.template import ScheduleTemplate
+
+_LOG2_E = math.log2(math.e)
+#: Queries of one sequence that still count as few, and rows that share a key.
+MAX_QUERIES, MAX_ROWS = 4, 32
+
+
+class AttentionDecodeCPU(ScheduleTemplate):
+    """Few queries, many keys: split over keys, every key and value read once."""
+
+    op: ClassVar[str] = "attention"
+    kind: ClassVar[str] = "cpu"
+
+    def supports(self, workload: Workload, target: Target) -> bool:
+        """Float32; up to four queries a sequence; keys and values of their own, with or without lengths."""
+        w = _attention(workload)
+        plain = w.dtype == "float32" and not (w.packed or w.ragged or w.weights) and w.lengths != "qkv"
+        return plain and w.q_len <= MAX_QUERIES and w.q_len * (w.heads // w.kv_heads) <= MAX_ROWS
+
+    def space(self, workload: Workload, target: Target) -> ConfigSpace:
+        """Splits of the keys, keys a block, and rows that the weighted sum keeps in registers."""
+        w = _attention(workload)
+        lanes = target.lanes("float32")
+        rows = w.q_len * (w.heads // w.kv_heads)
+        most = math.ceil(w.kv_len / (4 * lanes))
+        splits = sorted({1, 2, 4, target.cores, 2 * target.cores, 4 * target.cores})
+        blocks = tuple(b for b in (1, 2, 4, 8, 16) if b == 1 or (b - 1) * lanes < w.kv_len)
+        knobs = [
+            Knob("splits", tuple(s for s in splits if s == 1 or s <= most)),
+            Knob("key_vectors", blocks),
+            Knob("out_rows", tuple(r for r in (1, 2, 4) if r == 1 or r <= rows)),
+        ]
+        return ConfigSpace(knobs, [])
+
+    def default(self, workload: Workload, target: Target) -> Config:
+        """The fewest splits that keep every core busy; blocks of twice the first-level cache."""
+        w = _attention(workload)
+        lanes = target.lanes("float32")
+
+        def cost(config: Config) -> tuple[float, str]:
+            tasks = w.batch * w.kv_heads * config.integer("splits")
+            imbalance = math.ceil(tasks / target.cores) * target.cores / tasks
+            keys = config.integer("key_vectors") * lanes
+            fit = 1.0 + 0.02 * abs(math.log2(8.0 * keys * w.head_dim / (2.0 * target.l1d_bytes)))
+            held = 1.0 + 0.02 / config.integer("out_rows")
+            return imbalance * fit * held * (1.0 + 0.01 * config.integer("splits")), config.key()
+
+        return min(self.space(workload, target), key=cost)
+
+    def schedule(self, workload: Workload, target: Target, config: Config) -> Any:
+        """See the module's description."""
+        import tvm
+
+        return tvm.IRModule({"main": _Decode(_attention(workload), target, config).function()})
+
+    def features(self, workload: Workload, target: Target, config: Config) -> dict[str, float]:
+        """Knobs, balance, and a block of keys and values against the first-level cache."""
+        w = _attention(workload)
+        tasks = w.batch * w.kv_heads * config.integer("splits")
+        keys = config.integer("key_vectors") * target.lanes("float32")
+        return {
+            **super().features(workload, target, config),
+            "imbalance": math.ceil(tasks / target.cores) * target.cores / tasks,
+            "block_in_l1": 8.0 * keys * w.head_dim / target.l1d_bytes,
+            "keys_per_split": w.kv_len / config.integer("splits"),
+            "rows": float(w.q_len * (w.heads // w.kv_heads)),
+        }
+
+
+class _Decode:
+    """One decoding kernel being written out."""
+
+    def __init__(self, w: Attention, target: Target, config: Config) -> None:
+        self.w = w
+        self.v = Vectors(target.lanes("float32"))
+        self.lanes = self.v.lanes
+        self.splits = config.integer("splits")
+        self.key_block = config.integer("key_vectors") * self.lanes
+        self.out_rows = config.integer("out_rows")
+        self.group = w.heads // w.kv_heads
+        self.rows = w.q_len * self.group
+        self.padded_rows = math.ceil(self.rows / self.out_rows) * self.out_rows
+        self.dims = math.ceil(w.head_dim / self.lanes)
+        self.dims_held = min(self.dims, max(1, target.vector_registers // 2 // self.out_rows - 1))
+        self.modify = w.modification() if w.score_mod else None
+        #: Whether scores are more than scaled products.
+        self.general = bool(w.softcap or w.bias_heads or w.alibi or w.score_mod)
+
+    def function(self) -> Any:
+        """The ``PrimFunc``."""
+        from tvm.script.ir_builder import IRBuilder
+        from tvm.tirx.script.builder import ir as T
+
+        w, splits = self.w, self.splits
+        with IRBuilder() as builder, T.prim_func(s_tir=True):
+            T.func_name("main")
+            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+            self.operand = {
+                spec.name: T.arg(spec.name, T.buffer(spec.shape, spec.dtype)) for spec in (*w.inputs(), *w.outputs())
+            }
+            with T.sblock("root"):
+                pairs = w.batch * w.kv_heads
+                # What each split found: weighted sums, and (maximum, sum) of each row.
+                self.part = T.sblock_alloc_buffer((pairs * splits, self.padded_rows, self.dims * self.lanes), "float32")
+                self.top = T.sblock_alloc_buffer((pairs * splits, self.padded_rows), "float32")
+                self.total = T.sblock_alloc_buffer((pairs * splits, self.padded_rows), "float32")
+                with T.parallel(pairs * splits) as task, T.sblock("split"):
+                    T.reads()
+                    T.writes()
+                    self._split(task)
+                    if splits == 1:
+                        self._combine(task)
+                if splits > 1:
+                    with T.parallel(pairs) as pair, T.sblock("combine"):
+                        T.reads()
+                        T.writes()
+                        self._combine(pair)
+        return builder.get()
+
+    def _at(self, b: Any, head: Any, row: Any, d: Any) -> list[Any]:
+        if self.w.layout == "bhsd":
+            return [b, head, row, d]
+        return [b, row, head * self.w.head_dim + d]
+
+    def _vector(self, buffer: Any, b: Any, head: Any, row: Any, dim: int) -> Any:
+        """One vector of a row of a head; lanes past the head's end repeat its last element."""
+        from tvm import tirx
+
+        w, lanes = self.w, self.lanes
+        if (dim + 1) * lanes <= w.head_dim:
+            return self.v.load(buffer, self._at(b, head, row, dim * lanes))
+        columns = [min(dim * lanes + lane, w.head_dim - 1) for lane in range(lanes)]
+        return tirx.Shuffle([buffer[tuple(self._at(b, head, row, c))] for c in columns], list(range(lanes)))
+
+    # -- one split of the keys of one head -----------------------------------------------------------------------------
+
+    def _split(self, task: Any) -> None:
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        w, v, lanes = self.w, self.v, self.lanes
+        self.task = task
+        self.b, self.head = task // (self.splits * w.kv_heads), task // self.splits % w.kv_heads
+        length = T.bind(self.operand["lengths"][self.b]) if w.lengths else w.kv_len
+        offset = length + (w.causal_offset - w.q_len) if w.lengths == "kv" else w.causal_offset
+        low: Any = 0
+        high: Any = length
+        if w.causal:
+            high = T.max(T.min(offset + w.q_len, length), 0)
+        if w.window:
+            low = T.max(offset + (1 - w.window), 0)
+        # Splits of whole blocks, so that only the last has a block that is not full.
+        blocks = (T.max(high - low, 0) + (self.key_block - 1)) // self.key_block
+        blocks = T.bind((blocks + (self.splits - 1)) // self.splits)
+        start = T.bind(low + task % self.splits * blocks * self.key_block)
+        end = T.bind(T.min(start + blocks * self.key_block, high))
+        self.end = end
+
+        self.q = T.sblock_alloc_buffer((self.rows, self.dims * lanes), "float32")
+        self.p = T.sblock_alloc_buffer((self.padded_rows, self.key_block), "float32")
+        self.alpha = T.sblock_alloc_buffer((self.padded_rows,), "float32")
+        factor = tirx.const(w.scaling * (1.0 if self.general else _LOG2_E), "float32")
+        with T.serial(self.rows) as r:
+            head, i = self.head * self.group + r // w.q_len, r % w.q_len
+            for dim in range(self.dims):
+                v.store(self.q, [r, dim * lanes], v.splat(0.0))
+            with T.serial(w.head_dim) as d:
+                element = self.operand["query"][tuple(self._at(self.b, head, i, d))]
+                T.buffer_store(self.q, element * factor, [r, d])
+        with T.serial(self.padded_rows) as r:
+            T.buffer_store(self.top, tirx.const(FLOOR, "float32"), [task, r])
+            T.buffer_store(self.total, tirx.const(0.0, "float32"), [task, r])
+            for dim in range(self.dims):
+                v.store(self.part, [task, r, dim * lanes], v.splat(0.0))
+        with T.serial((T.max(end - start, 0) + (self.key_block - 1)) // self.key_block) as kb:
+            self._block(T.bind(start + kb * self.key_block))
+
+    def _block(self, start: Any) -> None:
+        """One block of keys: scores, softmax and weighted sums of all rows."""
+        from tvm.tirx.script.builder import ir as T
+
+        keys = T.bind(T.min(self.key_block, self.end - start))
+        tiles = T.bind((keys + (self.lanes - 1)) // self.lanes)
+        with T.serial(tiles) as t, T.serial(self.rows) as r:
+            self._score_tile(start, t, r)
+        with T.serial(self.rows) as r:
+            self._softmax(r, tiles)
+        with T.serial(self.padded_rows // self.out_rows) as rt:
+            for low in range(0, self.dims, self.dims_held):
+                self._out_tile(start, keys, rt, range(low, min(low + self.dims_held, self.dims)))
+
+    def _score_tile(self, start: Any, t: Any, r: Any) -> None:
+        """Scores of row ``r`` against a vector of keys; a key past the end is read as the last one, and masked."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        w, v, lanes = self.w, self.v, self.lanes
+        first = T.bind(start + t * lanes)
+        keys = [T.bind(T.min(first + a, self.end - 1)) for a in range(lanes)]
+        products = T.sblock_alloc_buffer((lanes, lanes), "float32", scope="local")
+        for dim in range(self.dims):
+            query = v.load(self.q, [r, dim * lanes])
+            for a in range(lanes):
+                product = self._vector(self.operand["key"], self.b, self.head, keys[a], dim) * query
+                v.store(products, [a, 0], v.load(products, [a, 0]) + product if dim else product)
+        v.store(self.p, [r, t * lanes], v.sums([v.load(products, [a, 0]) for a in range(lanes)]))
+        masked = tirx.const(MASKED, "float32")
+        head, i = T.bind(self.head * self.group + r // w.q_len), T.bind(r % w.q_len)
+
+        def read(name: str, *at: Any) -> Any:
+            return self.operand[name][at]
+
+        with T.vectorized(lanes) as lane:
+            j = T.min(first + lane, self.end - 1)
+            value = self.p[r, t * lanes + lane]
+            if self.general:
+                value = modified(w, value, read, self.modify, self.b, head, i, j)
+                value = value * tirx.const(_LOG2_E, "float32")
+            for allowed in conditions(w, read, self.b, i, j):
+                value = tirx.Select(allowed, value, masked)
+            T.buffer_store(self.p, tirx.Select(first + lane < self.end, value, masked), [r, t * lanes + lane])
+
+    def _softmax(self, r: Any, tiles: Any) -> None:
+        from tvm.tirx.script.builder import ir as T
+
+        from attntune.ops import math as tmath
+
+        v, lanes, task = self.v, self.lanes, self.task
+        best = T.sblock_alloc_buffer((1, lanes), "float32", scope="local")
+        added = T.sblock_alloc_buffer((1, lanes), "float32", scope="local")
+        v.store(best, [0, 0], v.broadcast(self.top[task, r]))
+        v.store(added, [0, 0], v.splat(0.0))
+        with T.serial(tiles) as t:
+            v.store(best, [0, 0], T.max(v.load(best, [0, 0]), v.load(self.p, [r, t * lanes])))
+        v.store(best, [0, 0], v.fold(v.load(best, [0, 0]), T.max))
+        with T.serial(tiles) as t:
+            with T.vectorized(lanes) as lane:
+                power = tmath.exp2_nonpositive(self.p[r, t * lanes + lane] - best[0, lane])
+                T.buffer_store(self.p, power, [r, t * lanes + lane])
+            v.store(added, [0, 0], v.load(added, [0, 0]) + v.load(self.p, [r, t * lanes]))
+        v.store(added, [0, 0], v.fold(v.load(added, [0, 0]), lambda a, b: a + b))
+        T.buffer_store(self.alpha, tmath.exp2_nonpositive(self.top[task, r] - best[0, 0]), [r])
+        T.buffer_store(self.top, best[0, 0], [task, r])
+        T.buffer_store(self.total, self.total[task, r] * self.alpha[r] + added[0, 0], [task, r])
+
+    def _out_tile(self, start: Any, keys: Any, rt: Any, dims: range) -> None:
+        from tvm.tirx.script.builder import ir as T
+
+        v, lanes, rows = self.v, self.lanes, self.out_rows
+        acc = T.sblock_alloc_buffer((rows, len(dims), lanes), "float32", scope="local")
+        row = [T.bind(T.min(rt * rows + a, self.rows - 1)) for a in range(rows)]
+        for a in range(rows):
+            for e, dim in enumerate(dims):
+                kept = v.load(self.part, [self.task, rt * rows + a, dim * lanes]) * v.broadcast(self.alpha[row[a]])
+                v.store(acc, [a, e, 0], kept)
+        with T.serial(keys) as j:
+            values = [self._vector(self.operand["value"], self.b, self.head, start + j, dim) for dim in dims]
+            for a in range(rows):
+                for e in range(len(dims)):
+                    product = v.broadcast(self.p[row[a], j]) * values[e]
+                    v.store(acc, [a, e, 0], v.load(acc, [a, e, 0]) + product)
+        for a in range(rows):
+            for e, dim in enumerate(dims):
+                v.store(self.part, [self.task, rt * rows + a, dim * lanes], v.load(acc, [a, e, 0]))
+
+    # -- results -------------------------------------------------------------------------------------------------------
+
+    def _combine(self, pair: Any) -> None:
+        """Weighted sums of all splits of one sequence and key head, divided by the whole sum."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        from attntune.ops import math as tmath
+
+        w, v, lanes = self.w, self.v, self.lanes
+        b, kv_head = pair // w.kv_heads, pair % w.kv_heads
+        acc = T.sblock_alloc_buffer((1, self.dims * lanes), "float32")
+        best = T.sblock_alloc_buffer((2,), "float32", scope="local")
+        with T.serial(self.rows) as r:
+            T.buffer_store(best, tirx.const(FLOOR, "float32"), [0])
+            T.buffer_store(best, tirx.const(0.0, "float32"), [1])
+            for dim in range(self.dims):
+                v.store(acc, [0, dim * lanes], v.splat(0.0))
+            with T.serial(self.splits) as s:
+                T.buffer_store(best, T.max(best[0], self.top[pair * self.splits + s, r]), [0])
+            with T.serial(self.splits) as s:
+                at = pair * self.splits + s
+                share = T.bind(tmath.exp2_nonpositive(self.top[at, r] - best[0]))
+                T.buffer_store(best, best[1] + share * self.total[at, r], [1])
+                for dim in range(self.dims):
+                    scaled = v.load(self.part, [at, r, dim * lanes]) * v.broadcast(share)
+                    v.store(acc, [0, dim * lanes], v.load(acc, [0, dim * lanes]) + scaled)
+            inverse = T.bind(tirx.const(1.0, "float32") / T.max(best[1], tirx.const(1e-30, "float32")))
+            head, i = kv_head * self.group + r // w.q_len, r % w.q_len
+            with T.serial(w.head_dim) as d:
+                T.buffer_store(self.operand["out"], acc[0, d] * inverse, self._at(b, head, i, d))
+
+
+def _attention(workload: Workload) -> Attention:
+    assert isinstance(workload, Attention), f"expected an Attention workload, got {workload}"
+    return workload
