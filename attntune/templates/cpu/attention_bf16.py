@@ -10,13 +10,14 @@ Error, against float64 on the same bfloat16 operands: each weight is off by a re
 are divided by their own sum, the result is off by at most 1.1 · 2^-8 · Σ_j w_j |v_j - out| before its own rounding
 (2^-9, relative). Measured over all variants: at most 8e-3 on normal operands.
 
-Ladder (GFLOP/s without the softmax; 12 heads × 64, batch 1, 2 cores of Zen 4, peak 468; PyTorch bfloat16 SDPA beside):
+Ladder (GFLOP/s without the softmax; 12 heads × 64, batch 1, 2 cores of Zen 4, peak 468 as twice the 234 of one core):
+the best config tried at each length, beside PyTorch's bfloat16 SDPA in a process of its own, not interleaved.
 
     seq              64   128   197   256   512   777  2048
     PyTorch          83   110   118   139   143   142   155
-    this            346   379   347   397   384   361   391
+    this, best      346   379   347   397   384   361   391
     causal, PyTorch  41    54    59    69    70    95   127
-    causal, this    191   300   302   323   367   361   362
+    causal, best    191   300   302   323   367   361   362
 
 Without its softmax a kernel at 512 is 10 % faster, without the exponential 5 %, without pairing values 5 %.
 """
