@@ -7,16 +7,21 @@ import dataclasses
 import numpy as np
 import oracle
 import pytest
-from graphs import tiny_bert
 
 import attntune
 from attntune.errors import ModelError, TuningError
+from attntune.models.bert import BertConfig, random_model
 from attntune.models.precision import at_precision, supported
 from attntune.target import PRESETS, native
 from attntune.tuner import tune
 
 SHAPES = [{"batch": 1, "seq": 32}, {"batch": 4, "seq": 64}]
+TINY = BertConfig(50, 32, 2, 2, 64, 16, 2, "gelu", 1e-12)
 COSINE = {"bfloat16": 0.999, "int8": 0.99}
+
+
+def tiny_bert():
+    return random_model(TINY, "tiny")
 
 
 @pytest.fixture(scope="module", params=sorted(COSINE))
@@ -92,7 +97,8 @@ def test_an_output_that_cannot_be_float32_is_named():
     call = next(call for call in tiny_bert().calls() if call.op == "attention")
     entry = model.entries["forward"]
     renamed = dataclasses.replace(entry, outputs=(dataclasses.replace(entry.outputs[0], name=call.result),))
-    from attntune.models.precision import retyped
+    from attntune.models.bert import BertConfig, random_model
+from attntune.models.precision import retyped
 
     with pytest.raises(ModelError, match=r"to be made by one of .* got 'attention'"):
         retyped([call], "bfloat16", [renamed.outputs[0].name], model.weights)
