@@ -11,7 +11,7 @@ import pytest
 import attntune
 from attntune.errors import ModelError, TuningError
 from attntune.models.bert import BertConfig, random_model
-from attntune.models.precision import at_precision, supported
+from attntune.models.precision import at_precision, retyped, supported
 from attntune.target import PRESETS, native
 from attntune.tuner import tune
 
@@ -97,8 +97,6 @@ def test_an_output_that_cannot_be_float32_is_named():
     call = next(call for call in tiny_bert().calls() if call.op == "attention")
     entry = model.entries["forward"]
     renamed = dataclasses.replace(entry, outputs=(dataclasses.replace(entry.outputs[0], name=call.result),))
-    from attntune.models.bert import BertConfig, random_model
-from attntune.models.precision import retyped
 
     with pytest.raises(ModelError, match=r"to be made by one of .* got 'attention'"):
         retyped([call], "bfloat16", [renamed.outputs[0].name], model.weights)
