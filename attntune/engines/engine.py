@@ -12,6 +12,10 @@ import numpy as np
 
 from attntune.engines.parity import FLOAT32
 
+#: Environment of engines whose threads are OpenMP's: each on a CPU of its own. Left to the system, two may share one,
+#: and then wait for each other a time slice long: PyTorch was seen at 1/50 of its speed.
+OPENMP_ENV: Mapping[str, str] = {"OMP_PROC_BIND": "spread", "OMP_PLACES": "threads"}
+
 
 @dataclass(frozen=True)
 class ModelSource:

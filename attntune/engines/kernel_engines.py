@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from attntune.engines.engine import OPENMP_ENV
 from attntune.errors import EngineError
 from attntune.ops import Attention, Linear, Workload
 from attntune.target import Target
@@ -151,6 +152,7 @@ class TorchKernels(KernelEngine):
 
     name: ClassVar[str] = "pytorch"
     title: ClassVar[str] = "PyTorch"
+    env: ClassVar[Mapping[str, str]] = OPENMP_ENV
 
     def __init__(self, threads: int) -> None:
         import torch

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from attntune.engines.engine import Engine, ModelSource
+from attntune.engines.engine import OPENMP_ENV, Engine, ModelSource
 from attntune.engines.parity import FLOAT32
 from attntune.errors import EngineError
 
@@ -23,6 +23,7 @@ class PyTorchEngine(Engine):
     title: ClassVar[str] = "PyTorch"
     packages: ClassVar[tuple[str, ...]] = ("torch",)
     install: ClassVar[str] = "pip install 'attntune[torch]'"
+    env: ClassVar[Mapping[str, str]] = OPENMP_ENV
     inspect: ClassVar[bool] = True
     """Whether a mask of ones may be dropped at run time; see :class:`TorchModel`."""
 

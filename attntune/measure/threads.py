@@ -21,9 +21,15 @@ POOL_ENV = {"OPENBLAS_THREAD_TIMEOUT": "10"}
 """Environment of a process that calls :func:`pin_pool`; idle BLAS threads must not spin beside a timed kernel."""
 
 
+#: How often a worker looks for work before it sleeps, about 0.3 µs each: a millisecond, many times the gap between two
+#: kernels of a model. TVM's own 300,000 keep a core busy for 100 ms after every call, and keep others from it.
+_SPIN_COUNT = "3000"
+
+
 @cache
 def load_runtime() -> Any:
     """The ``tvm_ffi`` module, with libtvm_runtime loaded and neither the TVM compiler nor torch imported."""
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", _SPIN_COUNT)
     spec = importlib.util.find_spec("tvm")
     if spec is None or not spec.submodule_search_locations:
         raise AttntuneError("expected apache-tvm to be installed, found no package 'tvm'")
