@@ -9,20 +9,25 @@ from collections.abc import Callable, Mapping
 _TRIAL_CALLS = 7
 
 
-def fastest(calls: Mapping[str, Callable[[], object]]) -> str:
-    """The name of the call with the smallest median, taken in turns; the first where there is only one.
+def medians(calls: Mapping[str, Callable[[], object]], trials: int = _TRIAL_CALLS) -> dict[str, float]:
+    """Median seconds of each call, taken in turns; a first turn is not counted.
 
     Each timed call follows an untimed one of its own, so that all run with the caches they leave themselves.
     """
-    names = list(calls)
-    if len(names) == 1:
-        return names[0]
-    secs: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(_TRIAL_CALLS + 1):
+    secs: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(trials + 1):
         for name, call in calls.items():
             call()
             start = time.perf_counter()
             call()
             if turn:
                 secs[name].append(time.perf_counter() - start)
-    return min(names, key=lambda name: statistics.median(secs[name]))
+    return {name: statistics.median(values) for name, values in secs.items()}
+
+
+def fastest(calls: Mapping[str, Callable[[], object]]) -> str:
+    """The name of the call with the smallest median; the first where there is only one."""
+    if len(calls) == 1:
+        return next(iter(calls))
+    found = medians(calls)
+    return min(found, key=lambda name: found[name])

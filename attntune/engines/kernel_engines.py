@@ -10,7 +10,6 @@ import contextlib
 import gc
 import itertools
 import math
-import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from attntune.engines.engine import OPENMP_ENV
+from attntune.engines.fastest import medians
 from attntune.errors import EngineError
 from attntune.ops import Attention, Linear, Workload
 from attntune.target import Target
@@ -292,11 +292,11 @@ def prepare(source: KernelSource, caches: Sequence[str]) -> tuple[dict[str, list
         with _engine.context():
             ways = _engine.ways(source, sets)
             turns = {name: _next_of(calls) for name, calls in ways.items()}
-            medians = _medians(turns, _TRIALS if len(turns) > 1 else 3)
-            way = min(medians, key=lambda name: medians[name])
+            secs = medians(turns, _TRIALS if len(turns) > 1 else 3)
+            way = min(secs, key=lambda name: secs[name])
             outputs[cache] = _engine.to_numpy(ways[way][0]())
         _turns[cache] = turns[way]
-        prepared[cache] = Prepared(way, medians[way])
+        prepared[cache] = Prepared(way, secs[way])
     return outputs, prepared
 
 
@@ -323,19 +323,6 @@ def _next_of(calls: Sequence[Call]) -> Call:
         return calls[0]
     turns = itertools.cycle(calls)
     return lambda: next(turns)()
-
-
-def _medians(turns: Mapping[str, Call], trials: int) -> dict[str, float]:
-    """Median seconds of each, taken in turns; each timed call follows an untimed one of its own."""
-    secs: dict[str, list[float]] = {name: [] for name in turns}
-    for trial in range(trials + 1):
-        for name, call in turns.items():
-            call()
-            start = time.perf_counter()
-            call()
-            if trial:
-                secs[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in secs.items()}
 
 
 @contextlib.contextmanager

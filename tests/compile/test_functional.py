@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,8 @@ from attntune import functional
 from attntune.errors import InputError
 from attntune.kernel_cache import KernelCache
 from attntune.ops import Attention
+from attntune.target import native
+from attntune.templates.cpu import bf16
 
 oracle = torch.nn.functional.scaled_dot_product_attention
 attend = functional.scaled_dot_product_attention
@@ -128,6 +131,27 @@ def test_a_query_without_keys_gives_zeros():
         got = attend(query, key, value, mask)
         assert not got[:, :, 2].any()
         assert got[:, :, 3].any()
+
+
+@pytest.mark.skipif(not bf16.available(native()), reason="this CPU lacks AVX512-BF16")
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": "random"}])
+def test_bfloat16(library, options):
+    query, key, value = (x.bfloat16() for x in operands((2, 3, 33, 32), (2, 3, 33, 32), (2, 3, 33, 32)))
+    if "attn_mask" in options:
+        options = {"attn_mask": operands((33, 33))[0] > 0}
+    wide = oracle(query.double(), key.double(), value.double(), **options)
+    if library == "torch":
+        found = attend(query, key, value, **options)
+        assert found.dtype == torch.bfloat16
+    else:
+        arrays = [x.float().numpy().astype(ml_dtypes.bfloat16) for x in (query, key, value)]
+        found = attend(*arrays, *(mask.numpy() for mask in options.values() if isinstance(mask, torch.Tensor)),
+                       **{n: v for n, v in options.items() if n != "attn_mask"})  # fmt: skip
+        assert found.dtype == ml_dtypes.bfloat16
+        found = torch.from_numpy(found.astype(np.float32))
+    rtol, atol = Attention(2, 3, 33, 33, 32, dtype="bfloat16").tolerance()
+    torch.testing.assert_close(found.double(), wide, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("causal", [False, True])

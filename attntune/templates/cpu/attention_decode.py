@@ -20,7 +20,7 @@ from attntune.ops.attention_expression import conditions, modified
 from attntune.ops.workload import Workload
 from attntune.search.space import Config, ConfigSpace, Knob
 from attntune.target import Target
-from attntune.templates.cpu.attention_vectors import Vectors
+from attntune.templates.cpu.vectors import Vectors
 from attntune.templates.template import ScheduleTemplate
 
 _LOG2_E = math.log2(math.e)

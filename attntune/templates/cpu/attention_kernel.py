@@ -9,7 +9,7 @@ from attntune.ops.attention import FLOOR, MASKED, Attention
 from attntune.ops.attention_expression import modified
 from attntune.search.space import Config
 from attntune.target import Target
-from attntune.templates.cpu.attention_vectors import Vectors
+from attntune.templates.cpu.vectors import Vectors
 
 _LOG2_E = math.log2(math.e)
 #: Rows of the tallest score tile.

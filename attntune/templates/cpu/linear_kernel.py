@@ -10,6 +10,7 @@ from attntune.search.space import Config
 from attntune.target import Target
 from attntune.templates.cpu import bf16
 from attntune.templates.cpu.arithmetic import INT8_OFFSET, Arithmetic
+from attntune.templates.cpu.vectors import Vectors
 
 
 class LinearKernel:
@@ -21,7 +22,8 @@ class LinearKernel:
     def __init__(self, w: Linear, target: Target, config: Config, arithmetic: Arithmetic) -> None:
         self.w = w
         self.arithmetic = arithmetic
-        self.lanes = target.lanes("float32")
+        self.v = Vectors(target.lanes("float32"))
+        self.lanes = self.v.lanes
         self.rows = config.integer("tile_rows")
         self.vectors = config.integer("tile_vectors")
         self.unroll = config.integer("k_unroll")
@@ -34,7 +36,6 @@ class LinearKernel:
         # Unrolled over a whole tile, a polynomial's constants and temporaries push accumulators out of registers in the
         # inner loop, at half the speed; so under an activation the tile goes through the first-level cache.
         self.staged = w.activation not in ("", "relu") or bool(self.narrow)
-        self.vector = f"float32x{self.lanes}"
         dtypes = {spec.dtype for spec in (*w.inputs(), *w.outputs())}
         self.imports = dict(bf16.IMPORT) if "bfloat16" in dtypes else {}
 
@@ -96,7 +97,7 @@ class LinearKernel:
         def vector(i: Any, k: Any) -> Any:
             if w.dtype == "bfloat16":
                 return bf16.from_bits(source.vload([i, k], dtype=f"uint16x{lanes}"), lanes)
-            return source.vload([i, k], dtype=self.vector)
+            return source.vload([i, k], dtype=self.v.dtype)
 
         def scalar(i: Any, k: Any) -> Any:
             return bf16.from_bits(source[i, k]) if w.dtype == "bfloat16" else source[i, k]
@@ -109,20 +110,20 @@ class LinearKernel:
             total = T.sblock_alloc_buffer((lanes,), "int32", scope="local")
             best = T.sblock_alloc_buffer((1,), "float32", scope="local")
             count = T.sblock_alloc_buffer((1,), "int32", scope="local")
-            self._store(top, [0], self._splat(0.0))
+            self.v.store(top, [0], self.v.splat(0.0))
             with T.serial(whole) as k:
-                self._store(top, [0], T.max(self._load(top, [0]), tirx.abs(vector(i, k * lanes))))
+                self.v.store(top, [0], T.max(self.v.load(top, [0]), tirx.abs(vector(i, k * lanes))))
             T.buffer_store(best, tirx.const(1e-30, "float32"), [0])
             for lane in range(lanes):
                 T.buffer_store(best, T.max(best[0], top[lane]), [0])
             with T.serial(left) as k:
                 T.buffer_store(best, T.max(best[0], tirx.abs(scalar(i, whole * lanes + k))), [0])
             factor = tirx.const(float(INT8_MAX), "float32") / best[0]
-            self._store(total, [0], tirx.Broadcast(tirx.const(0, "int32"), lanes))
+            self.v.store(total, [0], tirx.Broadcast(tirx.const(0, "int32"), lanes))
             with T.serial(whole) as k:
-                rounded = tirx.Cast(f"int32x{lanes}", tirx.nearbyint(vector(i, k * lanes) * self._broadcast(factor)))
-                self._store(total, [0], total.vload([0], dtype=f"int32x{lanes}") + rounded)
-                self._store(self.bytes, [i, k * lanes], tirx.Cast(f"int8x{lanes}", rounded))
+                rounded = tirx.Cast(f"int32x{lanes}", tirx.nearbyint(vector(i, k * lanes) * self.v.broadcast(factor)))
+                self.v.store(total, [0], total.vload([0], dtype=f"int32x{lanes}") + rounded)
+                self.v.store(self.bytes, [i, k * lanes], tirx.Cast(f"int8x{lanes}", rounded))
             T.buffer_store(count, tirx.const(0, "int32"), [0])
             for lane in range(lanes):
                 T.buffer_store(count, count[0] + total[lane], [0])
@@ -184,15 +185,15 @@ class LinearKernel:
 
         for c in range(chains):
             for a, v in each:
-                first = self._broadcast(self.start[row + a]) if self.w.quantized and c == 0 else zero
-                self._store(acc, [c, a, v, 0], first)
+                first = self.v.broadcast(self.start[row + a]) if self.w.quantized and c == 0 else zero
+                self.v.store(acc, [c, a, v, 0], first)
 
         def step(k: Any, c: int) -> None:
             panels = [weight.vload([panel * self.parts + v, k, 0], dtype=f"{self.arithmetic.word}x{self.lanes}")
                       for v in range(wide)]  # fmt: skip
             for a, v in each:
-                spread = self._broadcast(x[row + a, k])
-                self._store(acc, [c, a, v, 0], self.arithmetic.multiply_add(held(c, a, v), spread, panels[v]))
+                spread = self.v.broadcast(x[row + a, k])
+                self.v.store(acc, [c, a, v, 0], self.arithmetic.multiply_add(held(c, a, v), spread, panels[v]))
 
         unroll = self.unroll * chains
         whole, left = divmod(self.steps, unroll)
@@ -204,7 +205,7 @@ class LinearKernel:
             step(whole * unroll + u, u % chains)
         for c in range(1, chains):
             for a, v in each:
-                self._store(acc, [0, a, v, 0], held(0, a, v) + held(c, a, v))
+                self.v.store(acc, [0, a, v, 0], held(0, a, v) + held(c, a, v))
         (self._through_memory if self.staged else self._from_registers)(held, row, rows, panel, vectors)
 
     # -- epilogue ------------------------------------------------------------------------------------------------------
@@ -216,9 +217,9 @@ class LinearKernel:
         if self.w.quantized:
             from tvm import tirx
 
-            scale = self._load(self.operand["scale"], [at])
-            value = tirx.Cast(self.vector, value) * (scale * self._broadcast(self.step[row + a]))
-        return value + self._load(self.operand["bias"], [at]) if self.w.bias else value
+            scale = self.v.load(self.operand["scale"], [at])
+            value = tirx.Cast(self.v.dtype, value) * (scale * self.v.broadcast(self.step[row + a]))
+        return value + self.v.load(self.operand["bias"], [at]) if self.w.bias else value
 
     def _from_registers(self, held: Any, row: Any, rows: int, panel: Any, vectors: int) -> None:
         from tvm.tirx.script.builder import ir as T
@@ -227,7 +228,7 @@ class LinearKernel:
             for v in range(vectors):
                 value = self._value(held, row, a, panel, v * self.parts)
                 if self.w.activation:
-                    value = T.max(value, self._splat(0.0))
+                    value = T.max(value, self.v.splat(0.0))
                 if self.w.gated:
                     value = value * self._value(held, row, a, panel, v * 2 + 1)
                 self._write(row + a, (panel + v) * self.lanes, value)
@@ -241,15 +242,15 @@ class LinearKernel:
         stage = T.sblock_alloc_buffer((rows, vectors * self.parts, lanes), "float32")
         for a in range(rows):
             for v in range(vectors * self.parts):
-                self._store(stage, [a, v, 0], self._value(held, row, a, panel, v))
+                self.v.store(stage, [a, v, 0], self._value(held, row, a, panel, v))
         with T.serial(rows) as a, T.unroll(vectors) as v:
             at = v * self.parts
             if w.activation:
                 with T.vectorized(lanes) as lane:
                     T.buffer_store(stage, getattr(tmath, w.activation)(stage[a, at, lane]), [a, at, lane])
-            value = self._load(stage, [a, at, 0])
+            value = self.v.load(stage, [a, at, 0])
             if w.gated:
-                value = value * self._load(stage, [a, at + 1, 0])
+                value = value * self.v.load(stage, [a, at + 1, 0])
             if not self.narrow:
                 self._write(row + a, (panel + v) * lanes, value)
                 return
@@ -257,7 +258,7 @@ class LinearKernel:
                 with T.Then():
                     self._write(row + a, (panel + v) * lanes, value)
                 with T.Else():
-                    self._store(stage, [a, at, 0], value)
+                    self.v.store(stage, [a, at, 0], value)
                     with T.serial(self.narrow) as lane:
                         self._write_one(row + a, (panel + v) * lanes + lane, stage[a, at, lane])
 
@@ -269,8 +270,8 @@ class LinearKernel:
             if residual.dtype == "uint16":
                 value = value + bf16.from_bits(residual.vload([i, column], dtype=f"uint16x{self.lanes}"), self.lanes)
             else:
-                value = value + self._load(residual, [i, column])
-        self._store(y, [i, column], bf16.round_to_bits(value) if y.dtype == "uint16" else value)
+                value = value + self.v.load(residual, [i, column])
+        self.v.store(y, [i, column], bf16.round_to_bits(value) if y.dtype == "uint16" else value)
 
     def _write_one(self, i: Any, column: Any, value: Any) -> None:
         """One element of y, of the last panel's few."""
@@ -283,30 +284,9 @@ class LinearKernel:
             value = value + (bf16.from_bits(residual) if residual.ty.dtype == "uint16" else residual)
         if y.dtype == "uint16":
             bits = T.sblock_alloc_buffer((self.lanes,), "uint16", scope="local")
-            self._store(bits, [0], bf16.round_to_bits(tirx.Broadcast(value, self.lanes)))
+            self.v.store(bits, [0], bf16.round_to_bits(tirx.Broadcast(value, self.lanes)))
             value = bits[0]
         T.buffer_store(y, value, [i, column])
-
-    # -- vectors -------------------------------------------------------------------------------------------------------
-
-    def _load(self, buffer: Any, at: list[Any]) -> Any:
-        return buffer.vload(at, dtype=self.vector)
-
-    def _store(self, buffer: Any, at: list[Any], value: Any) -> None:
-        from tvm import tirx
-        from tvm.tirx.script.builder import ir as T
-
-        T.buffer_store(buffer, value, [*at[:-1], tirx.Ramp(at[-1], 1, self.lanes)])
-
-    def _broadcast(self, value: Any) -> Any:
-        from tvm import tirx
-
-        return tirx.Broadcast(value, self.lanes)
-
-    def _splat(self, value: float) -> Any:
-        from tvm import tirx
-
-        return tirx.Broadcast(tirx.const(value, "float32"), self.lanes)
 
 
 def _either(index: Any, whole: int, last: int, body: Any, tail: Any) -> None:
