@@ -1,6 +1,6 @@
 """A child process that may segfault, hang or run out of memory without harming its parent.
 
-Each child is ``python -m attntune.measure.worker``, started afresh rather than forked or spawned by
+Each child is ``python -m attntune.measure.worker_child``, started afresh rather than forked or spawned by
 ``multiprocessing``, so that user scripts need no ``if __name__ == "__main__"`` guard. Requests and replies are
 length-prefixed pickles over two pipes of their own; what the child prints goes to a file whose end is attached to
 failures.
@@ -9,12 +9,10 @@ failures.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
 import os
 import pickle
 import queue
-import resource
 import select
 import signal
 import site
@@ -23,21 +21,18 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import psutil
 
-from attntune.errors import AttntuneError, WorkerError
+from attntune.errors import WorkerError
+from attntune.measure.worker_child import HEADER_BYTES
 
-_HEADER_BYTES = 8
 _START_TIMEOUT_SECS = 120.0
 _TAIL_BYTES = 4000
-_PR_SET_PDEATHSIG = 1
 
 
 class WorkerDied(WorkerError):  # noqa: N818 (says what happened)
@@ -188,7 +183,7 @@ class _Child:
         self._burying = threading.Lock()
         try:
             self.process = _spawn(
-                [sys.executable, "-P", "-m", "attntune.measure.worker", str(request_read), str(reply_write)],
+                [sys.executable, "-P", "-m", "attntune.measure.worker_child", str(request_read), str(reply_write)],
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=self._output,
@@ -218,14 +213,14 @@ class _Child:
 
     def send(self, message: object, deadline: float) -> None:
         body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-        for part in (len(body).to_bytes(_HEADER_BYTES, "little"), body):
+        for part in (len(body).to_bytes(HEADER_BYTES, "little"), body):
             view = memoryview(part)
             while view:
                 _wait(self._request, select.POLLOUT, deadline)
                 view = view[os.write(self._request, view) :]
 
     def receive(self, deadline: float) -> Any:
-        size = int.from_bytes(self._read(_HEADER_BYTES, deadline), "little")
+        size = int.from_bytes(self._read(HEADER_BYTES, deadline), "little")
         return pickle.loads(self._read(size, deadline))
 
     def _read(self, size: int, deadline: float) -> bytearray:
@@ -356,102 +351,3 @@ def _spawner(requests: queue.SimpleQueue[Any]) -> None:
             answer.put(start())
         except Exception as error:
             answer.put(error)
-
-
-def resolve(name: str) -> Any:
-    """The object that ``"module:qualified.name"`` names."""
-    module, _, path = name.partition(":")
-    found: Any = importlib.import_module(module)
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
-
-
-def _serve(request_fd: int, reply_fd: int) -> None:
-    """The child's life: set up, then answer calls until the parent closes the pipe."""
-    for fd in (request_fd, reply_fd):
-        os.set_inheritable(fd, False)
-    requests, replies = open(request_fd, "rb"), open(reply_fd, "wb")  # noqa: SIM115 (open until the process ends)
-    setup = _receive(requests)
-    _die_with(setup["parent"])
-    _limit(setup["memory_limit_bytes"])
-    sys.path[:0] = setup["plugin_paths"]
-
-    def preload() -> None:
-        for name, *arguments in setup["preload"]:
-            resolve(name)(*arguments)
-
-    _reply(replies, _answer(preload))
-    while True:
-        try:
-            function, args, kwargs = _receive(requests)
-        except EOFError:
-            os._exit(0)
-        except Exception as error:
-            _reply(replies, _failure(error))
-            continue
-        _reply(replies, _answer(partial(_call, function, args, kwargs)))
-
-
-def _call(function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return resolve(function)(*args, **kwargs)
-
-
-def _receive(stream: BinaryIO) -> Any:
-    header = stream.read(_HEADER_BYTES)
-    if len(header) < _HEADER_BYTES:
-        raise EOFError
-    return pickle.loads(stream.read(int.from_bytes(header, "little")))
-
-
-def _answer(work: Callable[[], Any]) -> bytes:
-    try:
-        return pickle.dumps(("ok", work()), protocol=pickle.HIGHEST_PROTOCOL)
-    except Exception as error:
-        return _failure(error)
-
-
-def _failure(error: Exception) -> bytes:
-    if isinstance(error, AttntuneError):
-        with contextlib.suppress(Exception):
-            body = pickle.dumps(("raised", error))
-            pickle.loads(body)
-            return body
-    trace = "".join(traceback.format_exception(error))
-    return pickle.dumps(("error", type(error).__name__, str(error), trace))
-
-
-def _reply(stream: BinaryIO, body: bytes) -> None:
-    try:
-        stream.write(len(body).to_bytes(_HEADER_BYTES, "little"))
-        stream.write(body)
-        stream.flush()
-    except BrokenPipeError:
-        os._exit(0)
-
-
-def _die_with(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent ends, whatever this process is doing then."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(0)
-
-
-def _limit(memory_limit_bytes: int | None) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if memory_limit_bytes is not None:
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        limit = memory_limit_bytes if hard == resource.RLIM_INFINITY else min(memory_limit_bytes, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("500")
-
-
-if __name__ == "__main__":
-    import faulthandler
-
-    faulthandler.enable()
-    _serve(int(sys.argv[1]), int(sys.argv[2]))
