@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -89,7 +90,7 @@ def compile(
         say(reason)
     model = at_precision(model, precision)
     buckets = _shapes(model, shapes)
-    chosen = tuple(entries or model.entries)
+    chosen = tuple(entries or (name for name, entry in model.entries.items() if not entry.on_request))
     kernels = _choose(model, target, database, buckets, chosen)
     say(f"{len(kernels)} kernels for {len(buckets)} shapes on {target.key()}")
 
@@ -112,6 +113,8 @@ def compile(
 
 def default_shapes(model: Model) -> list[dict[str, int]]:
     """The buckets that are compiled when none are asked for."""
+    if model.shapes:
+        return [dict(shape) for shape in model.shapes]
     longest = model.max_lengths.get("seq", 512)
     lengths = [length for length in _LENGTHS if length < longest] + [longest]
     return [{"batch": batch, "seq": length} for batch in _BATCHES for length in lengths]
@@ -164,9 +167,9 @@ def _pack_weights(
     model: Model, target: Target, kernels: Mapping[Workload, Kernel], entries: Iterable[str]
 ) -> dict[str, np.ndarray]:
     """Every weight once, in the layout its kernels read."""
-    dims = dict.fromkeys(("batch", "seq"), 1)
     packed: dict[str, np.ndarray] = {}
     for entry in entries:
+        dims = dict.fromkeys(model.entry(entry).dims(), 1)
         for call in model.calls(entry):
             workload = call.workload(dims, frozenset(model.weights))
             packings = _packings(workload, target)
@@ -214,7 +217,7 @@ def _lower(
         variables[kernel.workload] = builder.add_func(function, kernel.name)
     rows = []
     for entry in entries:
-        for dims in buckets:
+        for dims in model.entry_shapes(buckets, entry):
             name = entry + "".join(f"_{dim[0]}{size}" for dim, size in dims.items())
             flops = _emit_function(builder, name, model, entry, dims, target, variables)
             rows.append({"entry": entry, "dims": dict(dims), "function": name, "cost": flops + _CALL_COST_FLOPS})
@@ -249,19 +252,34 @@ def _emit_function(
                         args.append(values[_packed_name(arg, spec, packings.get(spec.name))])
                     else:
                         args.append(_shaped(builder, values[arg], spec.shape))
-                (out,) = workload.outputs()
-                result = relax.call_tir(variables[workload], args, relax.TensorType(out.shape, out.dtype))
-                values[call.result] = builder.emit(result)
+                values.update(zip(call.results, _emit_call(builder, variables[workload], workload, args), strict=True))
             finals = [_shaped(builder, values[spec.name], bind(spec.dims, dims)) for spec in signature.outputs]
             output = builder.emit_output(finals[0] if len(finals) == 1 else relax.Tuple(finals))
         builder.emit_func_output(output)
     return flops
 
 
+def _emit_call(builder: Any, variable: Any, workload: Workload, args: list[Any]) -> list[Any]:
+    """Emit a kernel's call; returns its results, of which the updated ones are the arguments themselves."""
+    from tvm import relax
+
+    types = [relax.TensorType(spec.shape, spec.dtype) for spec in workload.outputs()]
+    if workload.updated:
+        names = [spec.name for spec in workload.inputs()]
+        places = [-1] * len(workload.fresh()) + [names.index(name) for name in workload.updated]
+        call = relax.op.call_tir_inplace(variable, args, places, types)
+    else:
+        call = relax.call_tir(variable, args, types[0] if len(types) == 1 else types)
+    result = builder.emit(call)
+    if len(types) == 1:
+        return [result]
+    return [builder.emit(relax.TupleGetItem(result, index)) for index in range(len(types))]
+
+
 def _weight_parameters(model: Model, entry: str, target: Target) -> dict[str, tuple[tuple[int, ...], str]]:
     """Packed weights that ``entry`` reads: stored name → shape and dtype, in order of first use."""
     found: dict[str, tuple[tuple[int, ...], str]] = {}
-    dims = dict.fromkeys(("batch", "seq"), 1)
+    dims = dict.fromkeys(model.entry(entry).dims(), 1)
     for call in model.calls(entry):
         workload = call.workload(dims, frozenset(model.weights))
         packings = _packings(workload, target)
@@ -320,10 +338,12 @@ def _manifest(
         "versions": versions(),
         "target": target.to_json(),
         "config": dict(model.config),
+        "generation": dataclasses.asdict(model.generation) if model.generation else None,
         "entries": {
             name: {
-                "inputs": [spec.__dict__ | {"dims": list(spec.dims)} for spec in model.entry(name).inputs],
-                "outputs": [spec.__dict__ | {"dims": list(spec.dims)} for spec in model.entry(name).outputs],
+                "inputs": [dataclasses.asdict(spec) for spec in model.entry(name).inputs],
+                "outputs": [dataclasses.asdict(spec) for spec in model.entry(name).outputs],
+                "updates": dict(model.entry(name).updates),
                 "weights": list(_weight_parameters(model, name, target)),
             }
             for name in entries

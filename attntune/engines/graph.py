@@ -85,10 +85,10 @@ def _entry(fields: Mapping[str, Any]) -> Entry:
     def specs(rows: list[dict[str, Any]]) -> tuple[InputSpec, ...]:
         return tuple(InputSpec(**{**row, "dims": tuple(row["dims"])}) for row in rows)
 
-    return Entry(specs(fields["inputs"]), specs(fields["outputs"]))
+    return Entry(specs(fields["inputs"]), specs(fields["outputs"]), dict(fields["updates"]), fields["on_request"])
 
 
 def _call(fields: Mapping[str, Any]) -> OpCall:
-    tuples = {name: tuple(fields[name]) for name in ("args", "arg_dtypes", "result_shape")}
-    shapes = tuple(tuple(shape) for shape in fields["arg_shapes"])
-    return OpCall(**{**fields, **tuples, "arg_shapes": shapes})
+    tuples = {name: tuple(fields[name]) for name in ("args", "arg_dtypes", "results", "result_dtypes")}
+    shapes = {name: tuple(map(tuple, fields[name])) for name in ("arg_shapes", "result_shapes")}
+    return OpCall(**{**fields, **tuples, **shapes})

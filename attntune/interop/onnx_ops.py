@@ -44,7 +44,9 @@ def emit(builder: GraphBuilder, call: OpCall) -> None:
         raise ExportError(
             f"operator {call.op!r} (result {call.result!r}) has no ONNX emitter; expected one of {sorted(EMITTERS)}"
         )
-    builder.bind(EMITTERS[call.op](builder, call), call.result)
+    names = EMITTERS[call.op](builder, call)
+    for name, result in zip((names,) if isinstance(names, str) else names, call.results, strict=True):
+        builder.bind(name, result)
 
 
 @emits("linear")

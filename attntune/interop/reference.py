@@ -41,8 +41,8 @@ def evaluate(model: Model, inputs: Mapping[str, np.ndarray], entry: str = "forwa
             np.asarray(values[name]).reshape(operand.shape)
             for name, operand in zip(call.args, workload.inputs(), strict=True)
         ]
-        (result,) = workload.reference(*operands)
-        values[call.result] = result.reshape(bind(call.result_shape, dims))
+        for name, shape, result in zip(call.results, call.result_shapes, workload.reference(*operands), strict=True):
+            values[name] = result.reshape(bind(shape, dims))
     return {tensor.name: values[tensor.name] for tensor in spec.outputs}
 
 

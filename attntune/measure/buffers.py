@@ -16,6 +16,7 @@ POISON = 0xFF
 beyond an operand, or leaves an output unwritten, gives a visibly wrong result."""
 
 _DLPACK_DTYPE_CODE_OFFSET = 20
+_DLPACK_UINT = 1
 _DLPACK_BFLOAT = 4
 
 
@@ -55,6 +56,11 @@ class GuardedArray:
         """Fill the operand with NaN (-1 for integers)."""
         self._memory[self._start : self._end] = POISON
 
+    def restore(self) -> None:
+        """Put back what :meth:`holding` put into it."""
+        if self._pristine is not None:
+            self._memory[self._start : self._end] = self._pristine
+
     def guards_intact(self) -> bool:
         """Whether nothing was written just before or after the operand."""
         outside = (self._memory[: self._start], self._memory[self._end :])
@@ -65,17 +71,17 @@ class GuardedArray:
         return self._pristine is None or np.array_equal(self._memory[self._start : self._end], self._pristine)
 
 
-class _Bfloat16:
-    """A bfloat16 array for DLPack, which NumPy itself cannot export: uint16, relabelled."""
+class _Relabelled:
+    """A tensor for DLPack whose dtype code is another: NumPy takes and gives bfloat16 only as uint16."""
 
-    def __init__(self, array: np.ndarray) -> None:
-        self._array = array.view(np.uint16)
+    def __init__(self, tensor: Any, code: int) -> None:
+        self._tensor, self._code = tensor, code
 
     def __dlpack__(self, **_: object) -> Any:
-        capsule = self._array.__dlpack__()
+        capsule = self._tensor.__dlpack__()
         pointer = ctypes.pythonapi.PyCapsule_GetPointer
         pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-        ctypes.c_uint8.from_address(pointer(capsule, b"dltensor") + _DLPACK_DTYPE_CODE_OFFSET).value = _DLPACK_BFLOAT
+        ctypes.c_uint8.from_address(pointer(capsule, b"dltensor") + _DLPACK_DTYPE_CODE_OFFSET).value = self._code
         return capsule
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -86,5 +92,12 @@ def as_tensor(array: np.ndarray) -> Any:
     """``array`` as a ``tvm_ffi.Tensor`` over the same memory."""
     from attntune.measure.threads import load_runtime
 
-    exported = _Bfloat16(array) if array.dtype.name == "bfloat16" else array
+    exported = _Relabelled(array.view(np.uint16), _DLPACK_BFLOAT) if array.dtype.name == "bfloat16" else array
     return load_runtime().from_dlpack(exported)
+
+
+def as_array(tensor: Any) -> np.ndarray:
+    """A ``tvm_ffi.Tensor`` as a NumPy array over the same memory."""
+    if str(tensor.dtype) == "bfloat16":
+        return np.from_dlpack(_Relabelled(tensor, _DLPACK_UINT)).view(numpy_dtype("bfloat16"))
+    return np.from_dlpack(tensor)

@@ -78,8 +78,10 @@ class Operands:
             GuardedArray.holding(np.ascontiguousarray(packings[name].apply(values) if name in packings else values))
             for name, values in zip(self.names, inputs, strict=True)
         ]
-        self.outputs = [GuardedArray(spec.shape, numpy_dtype(spec.dtype)) for spec in self.specs]
-        self.tensors = [as_tensor(operand.array) for operand in (*self.inputs, *self.outputs)]
+        self.fresh = [GuardedArray(spec.shape, numpy_dtype(spec.dtype)) for spec in workload.fresh()]
+        self.updated = [self.inputs[self.names.index(name)] for name in workload.updated]
+        self.outputs = [*self.fresh, *self.updated]
+        self.tensors = [as_tensor(operand.array) for operand in (*self.inputs, *self.fresh)]
         constants = [i for i, spec in enumerate(workload.inputs()) if spec.constant]
         self.rotation = self._rotation(constants, max(trial.target.l3_bytes, _MIN_L3_BYTES))
 
@@ -116,9 +118,11 @@ class Operands:
         return _operands[key]
 
     def poison(self) -> None:
-        """Fill the outputs with NaN, so that one left unwritten shows."""
-        for output in self.outputs:
+        """Fill the outputs with NaN, so that one left unwritten shows; what is updated in place starts afresh."""
+        for output in self.fresh:
             output.poison()
+        for operand in self.updated:
+            operand.restore()
 
     def misdeeds(self) -> str:
         """Which operand was written to that must not be; empty when none."""
@@ -127,7 +131,7 @@ class Operands:
             if not operand.guards_intact():
                 return f"wrote outside the bounds of {name!r}"
         for name, operand in zip(self.names, self.inputs, strict=True):
-            if not operand.is_unchanged():
+            if operand not in self.updated and not operand.is_unchanged():
                 return f"changed its input {name!r}"
         return ""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ class InputSpec:
     upper: int | None = None
     """Integers must lie in [0, upper)."""
     fill: int = 0
+    carried: bool = False
+    """Made by :meth:`TunedModel.state` or an entry's call, for later calls: it has a compiled shape, padding included,
+    and follows the model's precision."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,31 @@ class Entry:
 
     inputs: tuple[InputSpec, ...]
     outputs: tuple[InputSpec, ...]
+    updates: Mapping[str, str] = field(default_factory=dict)
+    """Inputs that hold what a sequence of calls has come to: name → the output that takes its place in the next call;
+    a cache that is updated in place maps to itself and is no output."""
+    on_request: bool = False
+    """Compiled only when asked for by name."""
+
+    def dims(self) -> tuple[str, ...]:
+        """Names of the symbolic dimensions of its inputs, in order of appearance."""
+        return tuple(dict.fromkeys(dim for spec in self.inputs for dim in spec.dims if isinstance(dim, str)))
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How a model that writes one token after another begins and ends; token ids."""
+
+    kind: str
+    """``"decoder"``: entries prefill and decode; ``"encoder-decoder"``: encode before them; ``"rnn"``: encode, then
+    decode with states that are replaced at every call."""
+    start: tuple[int, ...] = ()
+    """Tokens the decoder's side begins with; before the prompt in a decoder."""
+    stop: tuple[int, ...] = ()
+    max_length: int = 0
+    """Tokens a sequence may have, prompt included; 0: no limit but the cache's."""
+    suppress: tuple[int, ...] = ()
+    """Tokens that are never generated."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +79,24 @@ class OpCall:
     args: tuple[str, ...]
     arg_shapes: tuple[tuple[Dim, ...], ...]
     arg_dtypes: tuple[str, ...]
-    result: str
-    result_shape: tuple[Dim, ...]
-    result_dtype: str
+    results: tuple[str, ...]
+    result_shapes: tuple[tuple[Dim, ...], ...]
+    result_dtypes: tuple[str, ...]
+
+    @property
+    def result(self) -> str:
+        """The first result's name; of most operators the only one."""
+        return self.results[0]
+
+    @property
+    def result_shape(self) -> tuple[Dim, ...]:
+        """The first result's shape."""
+        return self.result_shapes[0]
+
+    @property
+    def result_dtype(self) -> str:
+        """The first result's dtype."""
+        return self.result_dtypes[0]
 
     def workload(self, dims: Mapping[str, int], constants: frozenset[str] = frozenset()) -> Workload:
         """The workload of this call with symbolic dimensions bound."""
@@ -89,6 +132,12 @@ class Model:
     """Where it was read from, and where its tokenizer is."""
     precision: str = "float32"
     """What it computes in; see :mod:`attntune.models.precision`."""
+    default_dims: Mapping[str, int] = field(default_factory=dict)
+    """Values of symbolic dimensions where a shape leaves them out, such as the capacity ``context`` of a cache."""
+    shapes: tuple[Mapping[str, int], ...] = ()
+    """What is compiled when no shapes are asked for; empty: batches 1, 2, 4 and 8 by lengths up to the longest."""
+    generation: Generation | None = None
+    """For models that write one token after another."""
 
     def entry(self, name: str) -> Entry:
         """The entry point called ``name``; raises :class:`ModelError` naming those there are."""
@@ -127,9 +176,10 @@ class Model:
             module, names = self._exported
             outputs = [spec.name for spec in self.entries[entry].outputs]
             calls = _raise_calls(module[entry], [s.name for s in self.entries[entry].inputs] + names, outputs)
-            cache[entry] = (
-                calls if self.precision == "float32" else retyped(calls, self.precision, outputs, self.weights)
-            )
+            if self.precision != "float32":
+                wide = [spec.name for spec in self.entries[entry].outputs if spec.dtype == "float32"]
+                calls = retyped(calls, self.precision, wide, self.weights)
+            cache[entry] = calls
         return cache[entry]
 
     def weight_names(self, entry: str = "forward") -> tuple[str, ...]:
@@ -141,10 +191,27 @@ class Model:
         """Workload → how many of its calls one run at each of ``shapes`` makes, in execution order."""
         constants = frozenset(self.weights)
         counts: Counter[Workload] = Counter()
-        for dims in shapes:
-            self.check_dims(dims)
+        for dims in self.entry_shapes(shapes, entry):
             counts.update(call.workload(dims, constants) for call in self.calls(entry))
         return dict(counts)
+
+    def entry_shapes(self, shapes: Sequence[Mapping[str, int]], entry: str) -> list[dict[str, int]]:
+        """The distinct values of the symbolic dimensions of ``entry`` among ``shapes``; :attr:`default_dims` fill gaps.
+
+        Raises:
+            ModelError: a dimension has no value, is not positive or longer than the model allows.
+        """
+        found: list[dict[str, int]] = []
+        names = self.entry(entry).dims()
+        for shape in shapes:
+            self.check_dims(shape)
+            given = {**self.default_dims, **shape}
+            if missing := [name for name in names if name not in given]:
+                raise ModelError(f"{self.name}: expected values for {missing} of entry {entry!r}, got {dict(shape)}")
+            dims = {name: given[name] for name in names}
+            if dims not in found:
+                found.append(dims)
+        return found
 
     def check_dims(self, dims: Mapping[str, int]) -> None:
         """Raise :class:`ModelError` when a dimension is not positive or longer than the model allows."""
@@ -157,54 +224,57 @@ class Model:
 def _raise_calls(function: Any, parameter_names: list[str], outputs: list[str]) -> tuple[OpCall, ...]:
     from tvm import relax
 
-    names = dict(zip(function.params, parameter_names, strict=True))
+    names: dict[Any, Any] = dict(zip(function.params, parameter_names, strict=True))
     calls: list[OpCall] = []
     taken = set(parameter_names)
     returned = function.body.body
     final = list(returned.fields) if isinstance(returned, relax.Tuple) else [returned]
 
+    def unused(name: str) -> str:
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        return name
+
     for block in function.body.blocks:
         for binding in block.bindings:
-            value = binding.value
+            var, value = binding.var, binding.value
             if isinstance(value, relax.Var):
-                names[binding.var] = names[value]
+                names[var] = names[value]
+                continue
+            if isinstance(value, relax.TupleGetItem):
+                names[var] = names[value.tuple_value][int(value.index)]
+                continue
+            if isinstance(value, relax.Tuple):
+                final = list(value.fields) if len(final) == 1 and final[0].same_as(var) else final
                 continue
             symbol = value.args[0] if isinstance(value, relax.Call) and value.args else None
             if not isinstance(symbol, relax.ExternFunc) or not str(symbol.global_symbol).startswith(PREFIX):
                 raise ModelError(f"expected only attntune operator calls in a model, got {value}")
             *tensors, attrs = list(value.args)[1:]
-            result = str(binding.var.name)
-            while result in taken:
-                result += "_"
-            taken.add(result)
-            names[binding.var] = result
+            several = isinstance(var.ty, relax.TupleType)
+            types = list(var.ty.fields) if several else [var.ty]
+            results = tuple(unused(f"{var.name}_{i}" if several else str(var.name)) for i in range(len(types)))
+            names[var] = results if several else results[0]
             calls.append(
                 OpCall(
                     op=str(symbol.global_symbol).removeprefix(PREFIX),
                     attrs=json.loads(attrs.value),
                     args=tuple(names[tensor] for tensor in tensors),
-                    arg_shapes=tuple(_dims(tensor) for tensor in tensors),
-                    arg_dtypes=tuple(_dtype(tensor) for tensor in tensors),
-                    result=result,
-                    result_shape=_dims(binding.var),
-                    result_dtype=_dtype(binding.var),
+                    arg_shapes=tuple(_dims(tensor.ty) for tensor in tensors),
+                    arg_dtypes=tuple(str(tensor.ty.dtype) for tensor in tensors),
+                    results=results,
+                    result_shapes=tuple(map(_dims, types)),
+                    result_dtypes=tuple(str(type_.dtype) for type_ in types),
                 )
             )
     renamed = {names[var]: output for var, output in zip(final, outputs, strict=True)}
 
-    def rename(name: str) -> str:
-        return renamed.get(name, name)
+    def rename(found: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(renamed.get(name, name) for name in found)
 
-    return tuple(
-        OpCall(c.op, c.attrs, tuple(map(rename, c.args)), c.arg_shapes, c.arg_dtypes, rename(c.result),
-               c.result_shape, c.result_dtype)
-        for c in calls
-    )  # fmt: skip
+    return tuple(replace(call, args=rename(call.args), results=rename(call.results)) for call in calls)
 
 
-def _dims(var: Any) -> tuple[Dim, ...]:
-    return tuple(int(d) if hasattr(d, "value") else str(d.name) for d in var.ty.shape)
-
-
-def _dtype(var: Any) -> str:
-    return str(var.ty.dtype)
+def _dims(type_: Any) -> tuple[Dim, ...]:
+    return tuple(int(d) if hasattr(d, "value") else str(d.name) for d in type_.shape)

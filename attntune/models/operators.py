@@ -14,15 +14,27 @@ PREFIX = "attntune."
 
 def emit(op: str, attrs: dict[str, Any], args: Sequence[Any], shape: Sequence[Any], dtype: str) -> Any:
     """Emit a call of operator ``op``; ``attrs`` travel as JSON beside the tensor arguments."""
+    return _call(op, attrs, args, [(shape, dtype)])
+
+
+def emit_many(
+    op: str, attrs: dict[str, Any], args: Sequence[Any], results: Sequence[tuple[Sequence[Any], str]]
+) -> tuple[Any, ...]:
+    """Emit a call of an operator with several results, each given by shape and dtype."""
+    return tuple(_call(op, attrs, args, results))
+
+
+def _call(op: str, attrs: dict[str, Any], args: Sequence[Any], results: Sequence[tuple[Sequence[Any], str]]) -> Any:
     import tvm
     from tvm import relax
     from tvm.relax.frontend import nn
 
+    types = [relax.TensorType(tuple(shape), dtype) for shape, dtype in results]
     call = relax.op.call_pure_packed(
         PREFIX + op,
         *(arg._expr for arg in args),
         tvm.ir.StringImm(json.dumps(attrs, sort_keys=True)),
-        ty_args=relax.TensorType(tuple(shape), dtype),
+        ty_args=types[0] if len(types) == 1 else relax.TupleType(types),
     )
     return nn.op.wrap_nested(call, op)
 

@@ -14,7 +14,7 @@ from attntune.ops.workload import as_dtype
 from attntune.target import Target
 
 if TYPE_CHECKING:
-    from attntune.models.model import Model, OpCall
+    from attntune.models.model import InputSpec, Model, OpCall
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 
@@ -56,7 +56,23 @@ def at_precision(model: Model, precision: str) -> Model:
         raise ModelError(f"expected a float32 model to convert to {precision}, got one at {model.precision}")
     if precision not in PRECISIONS:
         raise ModelError(f"unknown precision {precision!r}; expected one of {PRECISIONS}")
-    return dataclasses.replace(model, precision=precision, weights=_weights(model, precision))
+    return dataclasses.replace(
+        model,
+        precision=precision,
+        weights=_weights(model, precision),
+        entries={
+            name: dataclasses.replace(entry, inputs=_narrowed(entry.inputs), outputs=_narrowed(entry.outputs))
+            for name, entry in model.entries.items()
+        },
+    )
+
+
+def _narrowed(specs: tuple[InputSpec, ...]) -> tuple[InputSpec, ...]:
+    """What is carried from call to call has the precision's own dtype."""
+    return tuple(
+        dataclasses.replace(spec, dtype="bfloat16") if spec.carried and spec.dtype == "float32" else spec
+        for spec in specs
+    )
 
 
 def retyped(
@@ -86,10 +102,13 @@ def _retyped(call: OpCall, precision: str, is_output: bool, is_read: bool, weigh
         dtypes.insert(2, "float32")
     if is_output:
         attrs["out_dtype"] = "float32"
-    result = call.result_dtype if is_output or call.result_dtype != "float32" else "bfloat16"
+    first, *others = call.result_dtypes
+    if first == "float32" and not is_output:
+        first = "bfloat16"
     return dataclasses.replace(
-        call, args=tuple(args), arg_shapes=tuple(shapes), arg_dtypes=tuple(dtypes), attrs=attrs, result_dtype=result
-    )
+        call, args=tuple(args), arg_shapes=tuple(shapes), arg_dtypes=tuple(dtypes), attrs=attrs,
+        result_dtypes=(first, *others),
+    )  # fmt: skip
 
 
 def _quantizes(call: OpCall, precision: str, weights: Mapping[str, object]) -> bool:

@@ -65,6 +65,20 @@ class Workload(ABC):
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Results in call order."""
 
+    @property
+    def updated(self) -> tuple[str, ...]:
+        """Inputs that the kernel updates in place, such as a cache; none by default.
+
+        Such a kernel is called as ``main(*inputs, *fresh)``: its updated tensors come last in :meth:`outputs`, equal to
+        the inputs of those names, and are not passed again. A second call with the same operands changes nothing more.
+        """
+        return ()
+
+    def fresh(self) -> tuple[TensorSpec, ...]:
+        """The outputs that the kernel is given memory for: all but the updated ones."""
+        specs = self.outputs()
+        return specs[: len(specs) - len(self.updated)]
+
     @abstractmethod
     def compute(self) -> list[Any]:
         """The tensor expression: ``te.Tensor`` placeholders in the order of :meth:`inputs`, then the results."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from attntune.errors import InputError
+from attntune.measure.buffers import as_array, numpy_dtype
 from attntune.measure.threads import load_runtime
 from attntune.runtime.artifact import ALIGNMENT, LIBRARY, WEIGHTS, Artifact, map_weights, open_artifact
 from attntune.runtime.buckets import Bucket, Piece, Planner, buckets_of
@@ -63,7 +64,7 @@ class TunedModel:
         library = tvm_ffi.load_module(str((self.folder / LIBRARY).resolve()))
         self._machine = library["vm_load_executable"]()
         self._machine["vm_initialization"](_CPU, 0, _POOLED)
-        self._functions: dict[str, tuple[Any, list[Padded]]] = {}
+        self._functions: dict[str, tuple[Any, list[Padded | None]]] = {}
 
     @property
     def entries(self) -> tuple[str, ...]:
@@ -90,19 +91,49 @@ class TunedModel:
             InputError: naming the input that is missing, unknown, of the wrong dtype or rank, of a size that
                 contradicts another's, out of range, or too long.
         """
-        try:
-            signature, planner = self.manifest["entries"][entry], self._planners[entry]
-        except KeyError:
-            raise InputError(f"unknown entry {entry!r}; expected one of {sorted(self.entries)}") from None
+        signature, planner = self._signature(entry), self._planners[entry]
         torch_out = any(type(value).__module__.split(".")[0] == "torch" for value in inputs.values())
         arrays, dims = check_inputs(signature["inputs"], inputs, self.manifest["name"])
-        pieces = planner.plan(dims["batch"], dims["seq"])
+        if _carries(signature):
+            fixed = _carried_sizes(signature["inputs"], arrays, dims, self.manifest["name"])
+            pieces: tuple[Piece, ...] = (Piece(0, dims["batch"], planner.choose(dims, fixed)),)
+        else:
+            pieces = planner.plan(dims)
         results = KERNEL_THREAD.run(self.cores, lambda: self._run(entry, signature, arrays, dims, pieces))
         if torch_out:
             import torch
 
             results = [torch.from_numpy(result) for result in results]
         return results[0] if len(results) == 1 else tuple(results)
+
+    def state(self, entry: str, batch: int = 1, **dims: int) -> dict[str, np.ndarray]:
+        """What a sequence of calls of ``entry`` starts from: zeros for each input that it updates.
+
+        Args:
+            entry: one of :attr:`entries`.
+            batch: rows the calls will have at most.
+            dims: least sizes of other dimensions, such as ``context``, the capacity of a cache.
+
+        Returns:
+            Arrays by input name, of a compiled shape, to pass to :meth:`run` again and again.
+
+        Raises:
+            InputError: no compiled shape is that large.
+        """
+        signature = self._signature(entry)
+        bucket = self._planners[entry].choose({"batch": batch, **dims})
+        return {
+            spec["name"]: aligned_zeros(_bucket_shape(spec, bucket), numpy_dtype(spec["dtype"]))
+            for spec in signature["inputs"]
+            if spec["name"] in signature.get("updates", {})
+        }
+
+    def _signature(self, entry: str) -> Mapping[str, Any]:
+        try:
+            found: Mapping[str, Any] = self.manifest["entries"][entry]
+        except KeyError:
+            raise InputError(f"unknown entry {entry!r}; expected one of {sorted(self.entries)}") from None
+        return found
 
     def _run(
         self,
@@ -121,11 +152,14 @@ class TunedModel:
             ]
             out = function(*tensors, *self._weights[entry])
             outputs = [out] if len(signature["outputs"]) == 1 else list(out)
-            parts.append([np.from_dlpack(output) for output in outputs])
+            parts.append([as_array(output) for output in outputs])
         results = []
         for index, spec in enumerate(signature["outputs"]):
-            shape = tuple(dims[dim] if isinstance(dim, str) else dim for dim in spec["dims"])
             first = parts[0][index]
+            if spec.get("carried"):
+                results.append(first)
+                continue
+            shape = tuple(dims[dim] if isinstance(dim, str) else dim for dim in spec["dims"])
             if len(parts) == 1 and first.shape == shape:
                 results.append(first)
                 continue
@@ -139,14 +173,14 @@ class TunedModel:
             results.append(whole)
         return results
 
-    def _function(self, bucket: Bucket, specs: list[Mapping[str, Any]]) -> tuple[Any, list[Padded]]:
+    def _function(self, bucket: Bucket, specs: list[Mapping[str, Any]]) -> tuple[Any, list[Padded | None]]:
         """The bucket's function, and a buffer for each of its inputs, kept from call to call."""
         found = self._functions.get(bucket.function)
         if found is None:
-            shapes = [
-                tuple(bucket[dim] if isinstance(dim, str) else int(dim) for dim in spec["dims"]) for spec in specs
+            padded = [
+                None if spec.get("carried") else Padded.zeros(_bucket_shape(spec, bucket), numpy_dtype(spec["dtype"]))
+                for spec in specs
             ]
-            padded = [Padded.zeros(shape, np.dtype(spec["dtype"])) for shape, spec in zip(shapes, specs, strict=True)]
             found = self._functions[bucket.function] = (self._machine[bucket.function], padded)
         return found
 
@@ -163,6 +197,33 @@ class Padded:
         """A new one."""
         array = aligned_zeros(shape, dtype)
         return cls(array, device_tensors([array])[0])
+
+
+def _bucket_shape(spec: Mapping[str, Any], bucket: Bucket) -> tuple[int, ...]:
+    return tuple(bucket[dim] if isinstance(dim, str) else int(dim) for dim in spec["dims"])
+
+
+def _carries(signature: Mapping[str, Any]) -> bool:
+    """Whether an entry takes or gives what is carried from call to call; such a batch is not cut into pieces."""
+    return any(spec.get("carried") for spec in (*signature["inputs"], *signature["outputs"]))
+
+
+def _carried_sizes(
+    specs: list[Mapping[str, Any]], arrays: list[np.ndarray | None], dims: Mapping[str, int], model: str
+) -> dict[str, int]:
+    """The sizes that carried inputs prescribe for the bucket."""
+    sizes: dict[str, int] = {}
+    for spec, array in zip(specs, arrays, strict=True):
+        if not spec.get("carried") or array is None:
+            continue
+        for axis, dim in enumerate(spec["dims"]):
+            expected = sizes.setdefault(dim, array.shape[axis]) if isinstance(dim, str) else dim
+            if array.shape[axis] != expected or array.shape[axis] < dims.get(dim, 0):
+                raise InputError(
+                    f"{model}: input {spec['name']!r} has shape {array.shape}; expected {_signature(spec)} as "
+                    f"state() or an entry gave it, with {dim} {max(expected, dims.get(dim, 0))}"
+                )
+    return sizes
 
 
 def check_inputs(
@@ -187,7 +248,7 @@ def check_inputs(
             arrays.append(None)
             continue
         array = _as_numpy(value, name)
-        wanted = np.dtype(spec["dtype"])
+        wanted = numpy_dtype(spec["dtype"])
         fits = np.issubdtype(array.dtype, np.integer) if wanted.kind == "i" else array.dtype == wanted
         if wanted.kind == "i" and array.dtype == np.bool_:
             fits = True
@@ -195,7 +256,7 @@ def check_inputs(
             raise InputError(f"{model}: input {name!r} has dtype {array.dtype}; expected {_signature(spec)}")
         if array.ndim != len(spec["dims"]):
             raise InputError(f"{model}: input {name!r} has shape {array.shape}; expected {_signature(spec)}")
-        for axis, dim in enumerate(spec["dims"]):
+        for axis, dim in () if spec.get("carried") else enumerate(spec["dims"]):
             size = array.shape[axis]
             expected = dims.setdefault(dim, size) if isinstance(dim, str) else dim
             if size != expected:
@@ -233,13 +294,16 @@ def _as_numpy(value: Any, name: str) -> np.ndarray:
 
 
 def _fit(
-    array: np.ndarray | None, spec: Mapping[str, Any], piece: Piece, dims: Mapping[str, int], padded: Padded
+    array: np.ndarray | None, spec: Mapping[str, Any], piece: Piece, dims: Mapping[str, int], padded: Padded | None
 ) -> Any:
     """The rows of ``piece`` as a tensor of its bucket's shape.
 
     Read in place when they have that shape, lie contiguously at a multiple of 64 bytes, and may be exported (DLPack
     refuses read-only memory); else copied into ``padded``, with zeros past them.
     """
+    if padded is None:
+        assert array is not None
+        return _carried(array, spec)
     rows = array if array is None or spec["dims"][0] != "batch" else array[piece.start : piece.stop]
     whole = padded.array.shape
     if rows is not None and rows.shape == whole:
@@ -254,6 +318,16 @@ def _fit(
     padded.array.fill(0)
     padded.array[inside] = spec["fill"] if rows is None else rows
     return padded.tensor
+
+
+def _carried(array: np.ndarray, spec: Mapping[str, Any]) -> Any:
+    """A carried array as a tensor, read, and perhaps updated, where it is."""
+    if array.ctypes.data % ALIGNMENT or not array.flags.c_contiguous or not array.flags.writeable:
+        raise InputError(
+            f"input {spec['name']!r} is not a contiguous, writable array at a multiple of {ALIGNMENT} bytes; "
+            "expected what state() or an entry gave"
+        )
+    return device_tensors([array])[0]
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:

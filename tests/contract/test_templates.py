@@ -37,10 +37,13 @@ def check(template, workload, config, target=TARGET):
             value = packings[spec.name].apply(value)
             assert (value.shape, str(value.dtype)) == (packings[spec.name].spec.shape, packings[spec.name].spec.dtype)
         packed.append(GuardedArray.holding(np.ascontiguousarray(value)))
-    outputs = [GuardedArray(spec.shape, numpy_dtype(spec.dtype)) for spec in workload.outputs()]
-    kernel["main"](*(as_tensor(operand.array) for operand in (*packed, *outputs)))
+    fresh = [GuardedArray(spec.shape, numpy_dtype(spec.dtype)) for spec in workload.fresh()]
+    names = [spec.name for spec in workload.inputs()]
+    outputs = [*fresh, *(packed[names.index(name)] for name in workload.updated)]
+    kernel["main"](*(as_tensor(operand.array) for operand in (*packed, *fresh)))
     assert all(operand.guards_intact() for operand in (*packed, *outputs)), f"{workload} {config}: out of bounds"
-    assert all(operand.is_unchanged() for operand in packed), f"{workload} {config}: an input was changed"
+    for name, operand in zip(names, packed, strict=True):
+        assert name in workload.updated or operand.is_unchanged(), f"{workload} {config}: input {name} was changed"
     rtol, atol = workload.tolerance()
     for output, expected in zip(outputs, workload.reference(*inputs), strict=True):
         np.testing.assert_allclose(

@@ -31,7 +31,7 @@ class Writer:
         result = result or f"v{len(self.calls)}"
         arg_shapes = tuple(tuple(self.shapes[a]) for a in args)
         dtypes = tuple(self.dtypes[a] for a in args)
-        self.calls.append(OpCall(op, attrs, tuple(args), arg_shapes, dtypes, result, tuple(shape), "float32"))
+        self.calls.append(OpCall(op, attrs, tuple(args), arg_shapes, dtypes, (result,), (tuple(shape),), ("float32",)))
         self.shapes[result], self.dtypes[result] = tuple(shape), "float32"
         return result
 

@@ -130,7 +130,7 @@ def test_unknown_operator_is_named():
     from attntune.models.model import OpCall
 
     model = tiny_bert()
-    strange = OpCall("rotary", {}, ("last_hidden_state",), ((1,),), ("float32",), "r", (1,), "float32")
+    strange = OpCall("rotary", {}, ("last_hidden_state",), ((1,),), ("float32",), ("r",), ((1,),), ("float32",))
     model.entry_calls["forward"] += (strange,)
     with pytest.raises(EngineError, match=r"'rotary'.*attention"):
         torch_reference(model, sample_inputs(tiny_bert(), {"batch": 1, "seq": 3}))

@@ -114,8 +114,8 @@ def test_large_weights_go_to_a_file_beside_the_model(tmp_path):
 
 def test_unknown_operator_style_and_entry_are_named(tmp_path):
     model = tiny_bert()
-    strange = OpCall("rotary", {}, ("last_hidden_state",), (("batch", "seq", 32),), ("float32",), "r",
-                     ("batch", "seq", 32), "float32")  # fmt: skip
+    strange = OpCall("rotary", {}, ("last_hidden_state",), (("batch", "seq", 32),), ("float32",), ("r",),
+                     (("batch", "seq", 32),), ("float32",))  # fmt: skip
     model.entry_calls["forward"] += (strange,)
     with pytest.raises(ExportError, match=r"'rotary'.*attention.*linear.*softmax"):
         export_onnx(model, tmp_path / "m.onnx")
