@@ -118,8 +118,9 @@ class TopK(Workload):
         wide = te.compute((self.rows, self.features), lambda i, j: x[i, j].astype("float32"), name="wide")
 
         def comes_before(i: Any, j: Any) -> Any:
-            equal = tirx.And(wide[i, c] == wide[i, j], c < j)
-            return tirx.Or(wide[i, c] > wide[i, j], equal).astype("int32")
+            one, zero = tirx.const(1, "int32"), tirx.const(0, "int32")
+            first = tirx.Select(tirx.And(wide[i, c] == wide[i, j], c < j), one, zero)
+            return tirx.Select(wide[i, c] > wide[i, j], one, first)
 
         rank = te.compute(
             (self.rows, self.features), lambda i, j: te.sum(comes_before(i, j), axis=c), name="rank"

@@ -51,13 +51,12 @@ class MoveTemplate(ScheduleTemplate):
 
         rows = self.rows(workload)
         elements = Elements(config.integer("lanes"))
-        updated = getattr(workload, "updated", ())
-        fresh = [spec for spec in workload.outputs() if spec.name not in updated]
         with IRBuilder() as builder, T.prim_func(s_tir=True):
             T.func_name("main")
             T.func_attr({"global_symbol": "main", "tirx.noalias": True})
             arguments = {
-                spec.name: T.arg(spec.name, T.buffer(spec.shape, spec.dtype)) for spec in (*workload.inputs(), *fresh)
+                spec.name: T.arg(spec.name, T.buffer(spec.shape, spec.dtype))
+                for spec in (*workload.inputs(), *workload.fresh())
             }
             with T.sblock("root"):
                 operands = {name: elements.of(argument) for name, argument in arguments.items()}
