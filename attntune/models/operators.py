@@ -76,7 +76,7 @@ def attention(
     ``length_kind="qkv"`` of the queries too → (batch, q_len, heads·head_dim); with ``weights`` also the softmax
     (batch, heads, q_len, kv_len) float32.
     """
-    attrs = {
+    attrs: dict[str, Any] = {
         "heads": heads, "kv_heads": kv_heads or heads, "head_dim": head_dim, "packed": len(operands) == 1,
         "causal": causal, "mask": mask is not None, "bias": bias is not None, "scale": scale,
     }  # fmt: skip
@@ -90,7 +90,9 @@ def attention(
     if not weights:
         return emit("attention", attrs, args, *out)
     keys = operands[0 if len(operands) == 1 else 1]
-    return emit_many("attention", attrs, args, [out, ((first.shape[0], heads, first.shape[1], keys.shape[1]), "float32")])
+    return emit_many(
+        "attention", attrs, args, [out, ((first.shape[0], heads, first.shape[1], keys.shape[1]), "float32")]
+    )
 
 
 def layer_norm(x: Any, weight: Any, bias: Any, *, eps: float, residual: Any | None = None) -> Any:
@@ -118,7 +120,7 @@ def mean_pool(x: Any, mask: Any, *, eps: float = 1e-9, normalize: bool = True) -
 
 
 def rms_norm(x: Any, weight: Any, *, eps: float, residual: Any | None = None) -> Any:
-    """x + residual over its root mean square along the last axis, times weight; x (…, features)."""
+    """X + residual over its root mean square along the last axis, times weight; x (…, features)."""
     args = [x, *([residual] if residual is not None else []), weight]
     return emit("rms_norm", {"eps": eps, "residual": residual is not None}, args, x.shape, x.dtype)
 
@@ -132,7 +134,7 @@ def embedding(
     scale: float = 1.0,
     position_offset: int = 0,
 ) -> Any:
-    """scale · table[ids] + position[p], p counted from the start or back from lengths → (batch, seq, features)."""
+    """Scale · table[ids] + position[p], p counted from the start or back from lengths → (batch, seq, features)."""
     attrs = {
         "scale": scale, "position": position is not None, "lengths": lengths is not None,
         "position_offset": position_offset,

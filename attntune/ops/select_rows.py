@@ -36,7 +36,8 @@ class SelectRows(Workload):
     def from_call(cls, attrs: Mapping[str, Any], args: Sequence[TensorSpec]) -> SelectRows:
         """From a model's call: x, index."""
         x = args[0]
-        return cls(*x.shape, dtype=x.dtype, out_dtype=str(attrs.get("out_dtype", "")))
+        batch, seq, features = x.shape
+        return cls(batch, seq, features, dtype=x.dtype, out_dtype=str(attrs.get("out_dtype", "")))
 
     def inputs(self) -> tuple[TensorSpec, ...]:
         """X, index."""

@@ -466,11 +466,11 @@ ROWS: dict[str, Row] = {
     ),
     "select_rows": Row(
         workloads=(
-            SelectRows(3, 7, 37),
+            SelectRows(3, 7, 37, dtype="bfloat16", out_dtype="float32"),
             SelectRows(1, 1, 1),
             SelectRows(4, 13, 96),
+            SelectRows(3, 5, 35),
             SelectRows(2, 5, 131, dtype="bfloat16"),
-            SelectRows(2, 5, 33, dtype="bfloat16", out_dtype="float32"),
         ),
         oracle=_select_rows,
         call=({}, ((2, 5, 17), (2,)), SelectRows(2, 5, 17)),
