@@ -47,14 +47,17 @@ def linear(
     activation: str = "",
     residual: Any | None = None,
     gated: bool = False,
+    squeeze: bool = False,
 ) -> Any:
-    """X (…, in), weight (out, in), bias (out,), residual (…, out) → (…, out); gated: weight and bias have 2·out rows."""
+    """X (…, in), weight (out, in), bias (out,), residual (…, out) → (…, out).
+
+    ``gated``: weight and bias have 2·out rows. ``squeeze``: axis 1, of extent 1, is not in the result.
+    """
     attrs = {"bias": bias is not None, "activation": activation, "residual": residual is not None}
-    if gated:
-        attrs["gated"] = True
+    attrs |= {name: True for name, on in (("gated", gated), ("squeeze", squeeze)) if on}
     args = [arg for arg in (x, weight, bias, residual) if arg is not None]
-    out = weight.shape[0] // 2 if gated else weight.shape[0]
-    return emit("linear", attrs, args, (*x.shape[:-1], out), x.dtype)
+    lead = (x.shape[0], *x.shape[2:-1]) if squeeze else x.shape[:-1]
+    return emit("linear", attrs, args, (*lead, weight.shape[0] // 2 if gated else weight.shape[0]), x.dtype)
 
 
 def attention(
