@@ -150,11 +150,19 @@ class Model:
     def _exported(self) -> tuple[Any, list[str]]:
         from tvm.relax.frontend import nn
 
+        made = self.make_module()
+        # Inputs by position, so that their names need not be those of a Python function's parameters.
         spec = {
-            name: {s.name: nn.spec.Tensor(list(s.dims), s.dtype) for s in entry.inputs}
+            name: nn.spec.MethodSpec(
+                getattr(made, name),
+                [s.name.replace(".", "_") for s in entry.inputs],
+                [nn.spec.Tensor(list(s.dims), s.dtype) for s in entry.inputs],
+                param_mode="plain",
+                effect_mode="plain",
+            )
             for name, entry in self.entries.items()
         }
-        module, parameters = self.make_module().export_tvm(spec)
+        module, parameters = made.export_tvm(spec)
         names = [name for name, _ in parameters]
         if missing := set(names) - set(self.weights):
             raise ModelError(f"{self.name}: weights lack {sorted(missing)}")

@@ -39,11 +39,25 @@ def _call(op: str, attrs: dict[str, Any], args: Sequence[Any], results: Sequence
     return nn.op.wrap_nested(call, op)
 
 
-def linear(x: Any, weight: Any, bias: Any | None = None, *, activation: str = "", residual: Any | None = None) -> Any:
-    """X (…, in), weight (out, in), bias (out,), residual (…, out) → (…, out)."""
+def linear(
+    x: Any,
+    weight: Any,
+    bias: Any | None = None,
+    *,
+    activation: str = "",
+    residual: Any | None = None,
+    gated: bool = False,
+    squeeze: bool = False,
+) -> Any:
+    """X (…, in), weight (out, in), bias (out,), residual (…, out) → (…, out).
+
+    ``gated``: weight and bias have 2·out rows. ``squeeze``: axis 1, of extent 1, is not in the result.
+    """
     attrs = {"bias": bias is not None, "activation": activation, "residual": residual is not None}
+    attrs |= {name: True for name, on in (("gated", gated), ("squeeze", squeeze)) if on}
     args = [arg for arg in (x, weight, bias, residual) if arg is not None]
-    return emit("linear", attrs, args, (*x.shape[:-1], weight.shape[0]), x.dtype)
+    lead = (x.shape[0], *x.shape[2:-1]) if squeeze else x.shape[:-1]
+    return emit("linear", attrs, args, (*lead, weight.shape[0] // 2 if gated else weight.shape[0]), x.dtype)
 
 
 def attention(
@@ -55,18 +69,33 @@ def attention(
     bias: Any | None = None,
     causal: bool = False,
     scale: float | None = None,
+    lengths: Any | None = None,
+    length_kind: str = "kv",
+    weights: bool = False,
 ) -> Any:
     """One operand: packed qkv (batch, seq, (heads + 2·kv_heads)·head_dim); three: query, key, value.
 
-    mask (batch, kv_len) int64, bias (1|batch, 1|heads, q_len, kv_len) → (batch, q_len, heads·head_dim).
+    mask (batch, kv_len) int64, bias (1|batch, 1|heads, q_len, kv_len), lengths (batch,) int32, of the keys or with
+    ``length_kind="qkv"`` of the queries too → (batch, q_len, heads·head_dim); with ``weights`` also the softmax
+    (batch, heads, q_len, kv_len) float32.
     """
-    attrs = {
+    attrs: dict[str, Any] = {
         "heads": heads, "kv_heads": kv_heads or heads, "head_dim": head_dim, "packed": len(operands) == 1,
         "causal": causal, "mask": mask is not None, "bias": bias is not None, "scale": scale,
     }  # fmt: skip
-    args = [*operands, *(arg for arg in (mask, bias) if arg is not None)]
+    if lengths is not None:
+        attrs["lengths"] = length_kind
+    if weights:
+        attrs["weights"] = True
+    args = [*operands, *(arg for arg in (mask, bias, lengths) if arg is not None)]
     first = operands[0]
-    return emit("attention", attrs, args, (first.shape[0], first.shape[1], heads * head_dim), first.dtype)
+    out = ((first.shape[0], first.shape[1], heads * head_dim), first.dtype)
+    if not weights:
+        return emit("attention", attrs, args, *out)
+    keys = operands[0 if len(operands) == 1 else 1]
+    return emit_many(
+        "attention", attrs, args, [out, ((first.shape[0], heads, first.shape[1], keys.shape[1]), "float32")]
+    )
 
 
 def layer_norm(x: Any, weight: Any, bias: Any, *, eps: float, residual: Any | None = None) -> Any:
@@ -91,3 +120,75 @@ def embedding_norm(
 def mean_pool(x: Any, mask: Any, *, eps: float = 1e-9, normalize: bool = True) -> Any:
     """Mean of x (batch, seq, features) over positions where mask (batch, seq) is nonzero → (batch, features)."""
     return emit("mean_pool", {"eps": eps, "normalize": normalize}, [x, mask], (x.shape[0], x.shape[2]), x.dtype)
+
+
+def rms_norm(x: Any, weight: Any, *, eps: float, residual: Any | None = None) -> Any:
+    """X + residual over its root mean square along the last axis, times weight; x (…, features)."""
+    args = [x, *([residual] if residual is not None else []), weight]
+    return emit("rms_norm", {"eps": eps, "residual": residual is not None}, args, x.shape, x.dtype)
+
+
+def embedding(
+    ids: Any,
+    table: Any,
+    position: Any | None = None,
+    *,
+    lengths: Any | None = None,
+    scale: float = 1.0,
+    position_offset: int = 0,
+) -> Any:
+    """Scale · table[ids] + position[p], p counted from the start or back from lengths → (batch, seq, features)."""
+    attrs = {
+        "scale": scale, "position": position is not None, "lengths": lengths is not None,
+        "position_offset": position_offset,
+    }  # fmt: skip
+    args = [arg for arg in (ids, table, position, lengths) if arg is not None]
+    return emit("embedding", attrs, args, (*ids.shape, table.shape[1]), table.dtype)
+
+
+def rope(qkv: Any, cos: Any, sin: Any, *, heads: int, kv_heads: int, head_dim: int, style: str = "half") -> Any:
+    """Queries and keys of packed qkv (batch, seq, (heads + 2·kv_heads)·head_dim) rotated → the same shape."""
+    attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "style": style}
+    return emit("rope", attrs, [qkv, cos, sin], qkv.shape, qkv.dtype)
+
+
+def kv_append(
+    qkv: Any,
+    lengths: Any,
+    key_cache: Any,
+    value_cache: Any,
+    cos: Any | None = None,
+    sin: Any | None = None,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    style: str = "",
+) -> tuple[Any, Any, Any]:
+    """Keys and values of packed qkv (batch, q_len, …) into caches (batch, context, kv_heads·head_dim), in place.
+
+    → query (batch, q_len, heads·head_dim), key_cache, value_cache; queries and keys are rotated if there is a style.
+    """
+    attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "style": style}
+    args = [arg for arg in (qkv, lengths, key_cache, value_cache, cos, sin) if arg is not None]
+    query = ((qkv.shape[0], qkv.shape[1], heads * head_dim), qkv.dtype)
+    caches = [(cache.shape, cache.dtype) for cache in (key_cache, value_cache)]
+    query_, keys, values = emit_many("kv_append", attrs, args, [query, *caches])
+    return query_, keys, values
+
+
+def select_rows(x: Any, index: Any) -> Any:
+    """Row index[b] of each sequence of x (batch, seq, features); index (batch,) int64 → (batch, features)."""
+    return emit("select_rows", {}, [x, index], (x.shape[0], x.shape[2]), x.dtype)
+
+
+def argmax(x: Any) -> Any:
+    """Where each row of x (rows, features) is largest → (rows,) int64."""
+    return emit("argmax", {}, [x], (x.shape[0],), "int64")
+
+
+def top_k(x: Any, k: int) -> tuple[Any, Any]:
+    """The k largest of each row of x (rows, features) → values (rows, k), indices (rows, k) int64."""
+    shape = (x.shape[0], k)
+    values, indices = emit_many("top_k", {"k": k}, [x], [(shape, x.dtype), (shape, "int64")])
+    return values, indices

@@ -6,27 +6,55 @@ import json
 
 from attntune.errors import WorkloadError
 from attntune.ops.attention import Attention
+from attntune.ops.embedding import Embedding
 from attntune.ops.embedding_norm import EmbeddingNorm
+from attntune.ops.kv_append import KVAppend
 from attntune.ops.layer_norm import LayerNorm
 from attntune.ops.linear import Linear
 from attntune.ops.mean_pool import MeanPool
+from attntune.ops.rms_norm import RMSNorm
+from attntune.ops.rope import Rope
+from attntune.ops.select_rows import SelectRows
 from attntune.ops.softmax import Softmax
+from attntune.ops.top_k import ArgMax, TopK
 from attntune.ops.workload import TensorSpec, Workload
 
 #: Operators by name. A new operator adds one line here.
 REGISTRY: dict[str, type[Workload]] = {
-    cls.op: cls for cls in (Attention, EmbeddingNorm, LayerNorm, Linear, MeanPool, Softmax)
+    cls.op: cls
+    for cls in (
+        ArgMax,
+        Attention,
+        Embedding,
+        EmbeddingNorm,
+        KVAppend,
+        LayerNorm,
+        Linear,
+        MeanPool,
+        RMSNorm,
+        Rope,
+        SelectRows,
+        Softmax,
+        TopK,
+    )
 }
 
 __all__ = [
     "REGISTRY",
+    "ArgMax",
     "Attention",
+    "Embedding",
     "EmbeddingNorm",
+    "KVAppend",
     "LayerNorm",
     "Linear",
     "MeanPool",
+    "RMSNorm",
+    "Rope",
+    "SelectRows",
     "Softmax",
     "TensorSpec",
+    "TopK",
     "Workload",
     "operator",
     "workload_from_key",

@@ -15,7 +15,10 @@ from attntune.templates.cpu.generic import GenericCPU
 from attntune.templates.cpu.layer_norm import LayerNormCPU
 from attntune.templates.cpu.linear import LinearCPU
 from attntune.templates.cpu.mean_pool import MeanPoolCPU
+from attntune.templates.cpu.moves import EmbeddingCPU, KVAppendCPU, RopeCPU, SelectRowsCPU
+from attntune.templates.cpu.rms_norm import RMSNormCPU
 from attntune.templates.cpu.softmax import SoftmaxCPU
+from attntune.templates.cpu.top_k import ArgMaxCPU, TopKCPU
 from attntune.templates.template import Packing, ScheduleTemplate
 
 #: Every template; of those for one operator and kind of target, the first that supports a workload schedules it. A new
@@ -24,11 +27,18 @@ REGISTRY: tuple[ScheduleTemplate, ...] = (
     AttentionDecodeCPU(),
     AttentionBf16CPU(),
     AttentionCPU(),
+    ArgMaxCPU(),
+    EmbeddingCPU(),
     EmbeddingNormCPU(),
+    KVAppendCPU(),
     LayerNormCPU(),
     LinearCPU(),
     MeanPoolCPU(),
+    RMSNormCPU(),
+    RopeCPU(),
+    SelectRowsCPU(),
     SoftmaxCPU(),
+    TopKCPU(),
 )
 
 #: By kind of target: what schedules an operator that has no template.

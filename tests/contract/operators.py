@@ -13,7 +13,23 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from attntune.ops import Attention, EmbeddingNorm, LayerNorm, Linear, MeanPool, Softmax, TensorSpec, Workload
+from attntune.ops import (
+    ArgMax,
+    Attention,
+    Embedding,
+    EmbeddingNorm,
+    KVAppend,
+    LayerNorm,
+    Linear,
+    MeanPool,
+    RMSNorm,
+    Rope,
+    SelectRows,
+    Softmax,
+    TensorSpec,
+    TopK,
+    Workload,
+)
 
 
 @dataclass(frozen=True)
@@ -152,6 +168,85 @@ def _softmax(w: Softmax, x):
     from torch.nn import functional as F
 
     return F.softmax(x, dim=-1)
+
+
+def _rms_norm(w: RMSNorm, x, *rest):
+    from torch.nn import functional as F
+
+    *residual, weight = rest
+    return F.rms_norm(x + residual[0] if residual else x, (w.features,), weight, w.eps)
+
+
+def _embedding(w: Embedding, ids, table, *rest):
+    from torch.nn import functional as F
+
+    rest = list(rest)
+    y = F.embedding(ids, table) * w.scale
+    if w.positions:
+        position = rest.pop(0)
+        for b in range(w.batch):
+            first = int(rest[0][b]) - w.seq if w.lengths else 0
+            for i in range(w.seq):
+                y[b, i] += position[min(max(first + i + w.position_offset, 0), w.positions - 1)]
+    return y
+
+
+def _select_rows(w: SelectRows, x, index):
+    import torch
+
+    return torch.stack([x[b, min(max(int(index[b]), 0), w.seq - 1)] for b in range(w.batch)])
+
+
+def _turn(head, cos, sin, style):
+    """One head as complex numbers, turned by multiplication."""
+    import torch
+
+    half = len(head) // 2
+    a, b = (head[:half], head[half:]) if style == "half" else (head[0::2], head[1::2])
+    turned = torch.complex(a, b) * torch.complex(cos.double(), sin.double())
+    if style == "half":
+        return torch.cat([turned.real, turned.imag])
+    return torch.stack([turned.real, turned.imag], dim=1).flatten()
+
+
+def _rope(w: Rope, qkv, cos, sin):
+    y = qkv.clone()
+    for b in range(w.batch):
+        for s in range(w.seq):
+            for h in range(w.heads + w.kv_heads):
+                at = slice(h * w.head_dim, (h + 1) * w.head_dim)
+                y[b, s, at] = _turn(qkv[b, s, at], cos[s], sin[s], w.style)
+    return y
+
+
+def _kv_append(w: KVAppend, qkv, lengths, key_cache, value_cache, *angles):
+    import torch
+
+    query, keys, values = [], key_cache.clone(), value_cache.clone()
+    for b in range(w.batch):
+        for i in range(w.q_len):
+            at = int(lengths[b]) - w.q_len + i
+            heads = list(qkv[b, i].reshape(-1, w.head_dim))
+            if w.style:
+                angle = min(max(at, 0), w.positions - 1)
+                turned = heads[: w.heads + w.kv_heads]
+                heads[: len(turned)] = [_turn(head, angles[0][angle], angles[1][angle], w.style) for head in turned]
+            query.append(torch.cat(heads[: w.heads]))
+            if 0 <= at < w.context:
+                keys[b, at] = torch.cat(heads[w.heads : w.heads + w.kv_heads])
+                values[b, at] = torch.cat(heads[w.heads + w.kv_heads :])
+    return torch.stack(query).reshape(w.batch, w.q_len, -1), keys, values
+
+
+def _argmax(w: ArgMax, x):
+    import torch
+
+    return torch.stack([(row == row.max()).nonzero()[0, 0] for row in x])
+
+
+def _top_k(w: TopK, x):
+    values, indices = x.sort(dim=-1, descending=True, stable=True)
+    return values[:, : w.k], indices[:, : w.k]
 
 
 _SIZES = st.one_of(st.integers(1, 40), st.sampled_from([47, 61, 64, 96, 100, 127, 128, 131]))
@@ -326,6 +421,145 @@ ROWS: dict[str, Row] = {
         call=({"eps": 1e-9, "normalize": False}, ((2, 5, 17), (2, 5)), MeanPool(2, 5, 17, normalize=False)),
         drawn=st.builds(MeanPool, batch=_FEW, seq=_SIZES, features=_SIZES, normalize=st.booleans()),
         wrong=({"seq": True}, {"eps": 0.0}),
+    ),
+    "rms_norm": Row(
+        workloads=(
+            RMSNorm(7, 37, residual=True),
+            RMSNorm(1, 1),
+            RMSNorm(5, 131, eps=1e-6),
+            RMSNorm(64, 48),
+            RMSNorm(2, 576),
+            RMSNorm(6, 1000, residual=True),
+            RMSNorm(3, 96, dtype="bfloat16"),
+            RMSNorm(3, 41, dtype="bfloat16", out_dtype="float32"),
+        ),
+        oracle=_rms_norm,
+        call=(
+            {"eps": 1e-5, "residual": True},
+            ((2, 3, 17), (2, 3, 17), (17,)),
+            RMSNorm(6, 17, residual=True),
+        ),
+        drawn=st.builds(RMSNorm, rows=_SIZES, features=_SIZES, residual=st.booleans()),
+        wrong=({"rows": -1}, {"eps": 0.0}, {"dtype": "int64"}),
+    ),
+    "embedding": Row(
+        workloads=(
+            Embedding(2, 7, 50, 37, positions=11),
+            Embedding(1, 1, 1, 1),
+            Embedding(3, 5, 101, 64, scale=8.0),
+            Embedding(2, 16, 30, 131, positions=20, position_offset=2, scale=0.5),
+            Embedding(3, 4, 30, 48, positions=33, lengths=True),
+            Embedding(2, 1, 30, 96, positions=33, lengths=True, position_offset=2),
+            Embedding(2, 5, 19, 43, positions=7, dtype="bfloat16"),
+            Embedding(2, 5, 19, 32, dtype="bfloat16", out_dtype="float32"),
+        ),
+        oracle=_embedding,
+        call=(
+            {"scale": 2.0, "position": True, "lengths": True, "position_offset": 2},
+            ((2, 7), (50, 37), (21, 37), (2,)),
+            Embedding(2, 7, 50, 37, positions=21, lengths=True, position_offset=2, scale=2.0),
+        ),
+        drawn=st.builds(
+            Embedding, batch=_FEW, seq=st.integers(1, 30), vocab=_SIZES, features=_SIZES, positions=st.just(30)
+        ),
+        wrong=({"vocab": 0}, {"positions": -1}, {"positions": 0, "lengths": True}, {"position_offset": -1}),
+    ),
+    "select_rows": Row(
+        workloads=(
+            SelectRows(3, 7, 37, dtype="bfloat16", out_dtype="float32"),
+            SelectRows(1, 1, 1),
+            SelectRows(4, 13, 96),
+            SelectRows(3, 5, 35),
+            SelectRows(2, 5, 131, dtype="bfloat16"),
+        ),
+        oracle=_select_rows,
+        call=({}, ((2, 5, 17), (2,)), SelectRows(2, 5, 17)),
+        drawn=st.builds(SelectRows, batch=_FEW, seq=_SIZES, features=_SIZES),
+        wrong=({"seq": 0}, {"dtype": "int8"}),
+    ),
+    "rope": Row(
+        workloads=(
+            Rope(2, 7, 4, 2, 16, 9),
+            Rope(1, 1, 1, 1, 2, 1),
+            Rope(2, 5, 3, 1, 64, 5),
+            Rope(2, 5, 3, 3, 64, 8, style="interleaved"),
+            Rope(1, 9, 2, 1, 46, 32, style="interleaved"),
+            Rope(1, 6, 2, 2, 70, 11),
+            Rope(2, 5, 3, 1, 64, 5, dtype="bfloat16"),
+            Rope(2, 5, 2, 1, 40, 5, style="interleaved", dtype="bfloat16"),
+        ),
+        oracle=_rope,
+        call=(
+            {"heads": 4, "kv_heads": 2, "head_dim": 16, "style": "half"},
+            ((2, 7, 128), (9, 8), (9, 8)),
+            Rope(2, 7, 4, 2, 16, 9),
+        ),
+        drawn=st.builds(
+            Rope,
+            batch=st.integers(1, 3),
+            seq=st.integers(1, 20),
+            heads=st.integers(1, 4),
+            kv_heads=st.integers(1, 3),
+            head_dim=st.integers(1, 40).map(lambda n: 2 * n),
+            positions=st.just(20),
+            style=st.sampled_from(["half", "interleaved"]),
+        ),
+        wrong=({"head_dim": 15}, {"style": "full"}, {"seq": 10}),
+    ),
+    "kv_append": Row(
+        workloads=(
+            KVAppend(2, 3, 17, 4, 2, 16, style="half", positions=32),
+            KVAppend(1, 1, 1, 1, 1, 1),
+            KVAppend(3, 1, 40, 3, 1, 64, style="interleaved", positions=64),
+            KVAppend(3, 6, 12, 2, 2, 46, style="half", positions=10),
+            KVAppend(2, 5, 9, 3, 3, 37),
+            KVAppend(2, 4, 33, 3, 1, 64, style="half", positions=64, dtype="bfloat16"),
+            KVAppend(2, 1, 8, 2, 2, 24, dtype="bfloat16"),
+        ),
+        oracle=_kv_append,
+        call=(
+            {"heads": 4, "kv_heads": 2, "head_dim": 16, "style": "half"},
+            ((2, 3, 128), (2,), (2, 17, 32), (2, 17, 32), (32, 8), (32, 8)),
+            KVAppend(2, 3, 17, 4, 2, 16, style="half", positions=32),
+        ),
+        drawn=st.builds(
+            KVAppend,
+            batch=st.integers(1, 3),
+            q_len=st.integers(1, 9),
+            context=st.integers(1, 40),
+            heads=st.integers(1, 4),
+            kv_heads=st.integers(1, 3),
+            head_dim=st.integers(1, 40).map(lambda n: 2 * n),
+            positions=st.just(40),
+            style=st.sampled_from(["half", "interleaved"]),
+        ),
+        wrong=({"context": 0}, {"style": ""}, {"positions": 0}, {"head_dim": 15}),
+    ),
+    "argmax": Row(
+        workloads=(
+            ArgMax(5, 37),
+            ArgMax(1, 1),
+            ArgMax(3, 1021),
+            ArgMax(2, 128),
+            ArgMax(3, 61, dtype="bfloat16"),
+        ),
+        oracle=_argmax,
+        call=({}, ((2, 3, 17),), ArgMax(6, 17)),
+        drawn=st.builds(ArgMax, rows=_SIZES, features=_SIZES),
+        wrong=({"rows": 0}, {"dtype": "int8"}),
+    ),
+    "top_k": Row(
+        workloads=(
+            TopK(5, 37, 4),
+            TopK(1, 1, 1),
+            TopK(3, 521, 50),
+            TopK(2, 128, 128),
+            TopK(3, 61, 7, dtype="bfloat16"),
+        ),
+        oracle=_top_k,
+        call=({"k": 4}, ((2, 3, 17),), TopK(6, 17, 4)),
+        drawn=st.builds(TopK, rows=_FEW, features=st.integers(9, 150), k=_FEW),
+        wrong=({"k": 38}, {"k": 0}, {"dtype": "int8"}),
     ),
 }
 

@@ -73,6 +73,8 @@ class TestEveryWorkload:
             check(template, workload, config)
 
     def test_the_generic_schedule_matches_the_reference(self, workload):
+        if workload.updated:
+            pytest.skip("the generic schedule updates nothing in place")
         template = GENERIC["cpu"]
         for parallel in (False, True):
             check(template, workload, template.default(workload, TARGET).replace(parallel=parallel))
