@@ -90,7 +90,9 @@ def attention(
     if not weights:
         return emit("attention", attrs, args, *out)
     keys = operands[0 if len(operands) == 1 else 1]
-    return emit_many("attention", attrs, args, [out, ((first.shape[0], heads, first.shape[1], keys.shape[1]), "float32")])
+    return emit_many(
+        "attention", attrs, args, [out, ((first.shape[0], heads, first.shape[1], keys.shape[1]), "float32")]
+    )
 
 
 def layer_norm(x: Any, weight: Any, bias: Any, *, eps: float, residual: Any | None = None) -> Any:
@@ -173,8 +175,22 @@ def kv_append(
 
 
 def select_rows(x: Any, index: Any) -> Any:
-    """Row index[b] of each sequence of x (batch, seq, features); index (batch,) int64 → (batch, features)."""
-    return emit("select_rows", {}, [x, index], (x.shape[0], x.shape[2]), x.dtype)
+    """Row index[b] of each sequence of x (batch, seq, features); index (batch,) int64, or an int → (batch, features)."""
+    attrs, args = ({"row": index}, [x]) if isinstance(index, int) else ({}, [x, index])
+    return emit("select_rows", attrs, args, (x.shape[0], x.shape[2]), x.dtype)
+
+
+def patchify(x: Any, *, patch: int) -> Any:
+    """Images (batch, channels, height, width) → their patches (batch, patches, channels·patch²)."""
+    batch, channels, height, width = x.shape
+    shape = (batch, height // patch * (width // patch), channels * patch * patch)
+    return emit("patchify", {"patch": patch}, [x], shape, x.dtype)
+
+
+def prepend_token(x: Any, token: Any, position: Any) -> Any:
+    """Token (features,) before each x (batch, seq, features), plus position (1 + seq, features)."""
+    batch, seq, features = x.shape
+    return emit("prepend_token", {}, [x, token, position], (batch, seq + 1, features), x.dtype)
 
 
 def argmax(x: Any) -> Any:
