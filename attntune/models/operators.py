@@ -175,7 +175,7 @@ def kv_append(
 
 
 def select_rows(x: Any, index: Any) -> Any:
-    """Row index[b] of each sequence of x (batch, seq, features); index (batch,) int64, or an int → (batch, features)."""
+    """Row index[b], index (batch,) int64, or one row, an int, of x (batch, seq, features) → (batch, features)."""
     attrs, args = ({"row": index}, [x]) if isinstance(index, int) else ({}, [x, index])
     return emit("select_rows", attrs, args, (x.shape[0], x.shape[2]), x.dtype)
 

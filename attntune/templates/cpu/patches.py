@@ -1,6 +1,6 @@
-"""The two ends of a patch embedding on CPUs: patches cut from an image, token and positions added to their embeddings.
+"""Both ends of a patch embedding on CPUs: patches cut from an image, token and positions added to their embeddings.
 
-Both move memory and are bound by it, so their loop nest is that of ``moves.py``: rows of the result, along a row vectors.
+They move memory and are bound by it; the loop nest is that of ``moves.py``: rows of the result, along a row vectors.
 """
 
 from __future__ import annotations
