@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from attntune.errors import ModelError
-from attntune.models import bert, decoder, gguf, gpt2, llama
+from attntune.models import bert, decoder, gguf, gpt2, llama, vit
 from attntune.models.config import integers
 from attntune.models.model import Model
 
@@ -40,6 +40,11 @@ def _stop(fields: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
     return integers(asked.get("eos_token_id", fields.get("eos_token_id")))
 
 
+def _load_vit(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory: Path) -> Model:
+    config = vit.VitConfig.from_json(fields)
+    return vit.build(config, vit.rename(config, tensors), _name(fields, directory))
+
+
 def _name(fields: Mapping[str, Any], directory: Path) -> str:
     """The name its authors gave the checkpoint, or else the directory's."""
     return str(fields.get("_name_or_path") or directory.resolve().name).rstrip("/").rsplit("/", 1)[-1]
@@ -50,6 +55,7 @@ LOADERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, np.ndarray], Path],
     "bert": _load_bert,
     "gpt2": _load_gpt2,
     **dict.fromkeys(llama.FAMILIES, _load_llama),
+    "vit": _load_vit,
 }
 
 
