@@ -114,6 +114,33 @@ def _mean_pool(call: OpCall) -> Step:
     return step
 
 
+@makes("patchify")
+def _patchify(call: OpCall) -> Step:
+    from torch.nn import functional as F
+
+    patch = call.attrs["patch"]
+    return lambda _, x: F.unfold(x, patch, stride=patch).transpose(1, 2)
+
+
+@makes("prepend_token")
+def _prepend_token(call: OpCall) -> Step:
+    import torch
+
+    def step(_: Any, x: Any, token: Any, position: Any) -> Any:
+        return torch.cat([token.expand(x.shape[0], 1, -1), x], dim=1).add_(position)
+
+    return step
+
+
+@makes("select_rows")
+def _select_rows(call: OpCall) -> Step:
+    import torch
+
+    if "row" in call.attrs:
+        return lambda _, x: x[:, call.attrs["row"]]
+    return lambda _, x, index: x[torch.arange(x.shape[0]), index.clamp(0, x.shape[1] - 1)]
+
+
 @makes("attention")
 def _attention(call: OpCall) -> Step:
     from torch.nn import functional as F

@@ -138,6 +138,36 @@ def mean_pool(builder: GraphBuilder, call: OpCall) -> str:
     return builder.node("Div", mean, builder.node("Max", norm, scalar(NORM_FLOOR)))
 
 
+@emits("patchify")
+def patchify(builder: GraphBuilder, call: OpCall) -> str:
+    """(batch, channels, height, width) → (batch, patches, channels·patch²)."""
+    channels, height, width = (int(dim) for dim in call.arg_shapes[0][1:])
+    patch = call.attrs["patch"]
+    down, across = height // patch, width // patch
+    cut = builder.node("Reshape", call.args[0], builder.ints(0, channels, down, patch, across, patch))
+    rows = builder.node("Transpose", cut, perm=[0, 2, 4, 1, 3, 5])
+    return builder.node("Reshape", rows, builder.ints(0, down * across, channels * patch * patch))
+
+
+@emits("prepend_token")
+def prepend_token(builder: GraphBuilder, call: OpCall) -> str:
+    """``concat(token, x) + position``."""
+    x, token, position = call.args
+    shape = builder.node("Concat", builder.dim(x, 0), builder.ints(1), builder.dim(x, 2), axis=0)
+    return builder.node("Add", builder.node("Concat", builder.node("Expand", token, shape), x, axis=1), position)
+
+
+@emits("select_rows")
+def select_rows(builder: GraphBuilder, call: OpCall) -> str:
+    """``x[b, index[b]]``, or the same row of all; an index outside the sequence is clamped."""
+    x, *index = call.args
+    if not index:
+        return builder.node("Gather", x, builder.constant(call.attrs["row"], "int64"), axis=1)
+    last = builder.node("Sub", builder.dim(x, 1), builder.ints(1))
+    inside = builder.node("Max", builder.node("Min", index[0], last), builder.ints(0))
+    return builder.node("GatherND", x, builder.node("Unsqueeze", inside, builder.ints(1)), batch_dims=1)
+
+
 def reduce(builder: GraphBuilder, op_type: str, x: str, axis: int, keepdims: int) -> str:
     """A reduction over one axis; its axes are an attribute before opset 18, except for ReduceSum."""
     if op_type == "ReduceSum" or builder.opset >= 18:

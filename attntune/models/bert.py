@@ -11,7 +11,8 @@ import numpy as np
 from attntune.errors import ModelError
 from attntune.models.model import Entry, InputSpec, Model
 
-_ACTIVATIONS = {
+#: Activations by the name that `config.json` gives them.
+ACTIVATIONS = {
     "gelu": "gelu",
     "relu": "relu",
     "gelu_new": "gelu_tanh",
@@ -45,10 +46,10 @@ class BertConfig:
         names = [name for name in cls.__dataclass_fields__ if name != "pooling"]
         if missing := [name for name in names if name not in fields]:
             raise ModelError(f"config.json of a bert model lacks {missing}")
-        if fields["hidden_act"] not in _ACTIVATIONS:
+        if fields["hidden_act"] not in ACTIVATIONS:
             raise ModelError(
                 f"config.json: hidden_act {fields['hidden_act']!r} is not supported; "
-                f"expected one of {sorted(_ACTIVATIONS)}"
+                f"expected one of {sorted(ACTIVATIONS)}"
             )
         kind = fields.get("position_embedding_type", "absolute")
         if kind != "absolute":
@@ -72,7 +73,11 @@ def build(config: BertConfig, weights: Mapping[str, np.ndarray], name: str) -> M
         )
     )
     hidden = InputSpec("last_hidden_state", ("batch", "seq", config.hidden_size), "float32")
-    entries = {"forward": Entry(ids, (hidden,))}
+    maps = tuple(
+        InputSpec(f"attention.{index}", ("batch", config.num_attention_heads, "seq", "seq"), "float32")
+        for index in range(config.num_hidden_layers)
+    )
+    entries = {"forward": Entry(ids, (hidden,)), "attend": Entry(ids, (hidden, *maps), on_request=True)}
     if config.pooling:
         embedding = InputSpec("sentence_embedding", ("batch", config.hidden_size), "float32")
         entries["embed"] = Entry(ids, (embedding,))
@@ -151,7 +156,7 @@ def _module(c: BertConfig) -> Any:
                         c.hidden_size,
                         c.num_attention_heads,
                         c.intermediate_size,
-                        _ACTIVATIONS[c.hidden_act],
+                        ACTIVATIONS[c.hidden_act],
                         c.layer_norm_eps,
                         "float32",
                     )
@@ -159,11 +164,17 @@ def _module(c: BertConfig) -> Any:
                 ]
             )
 
-        def forward(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> Any:
+        def forward(
+            self, input_ids: Any, attention_mask: Any, token_type_ids: Any, maps: list[Any] | None = None
+        ) -> Any:
             x = self.embeddings(input_ids, token_type_ids)
             for layer in self.layers:
-                x = layer(x, attention_mask)
+                x = layer(x, attention_mask, maps)
             return x
+
+        def attend(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> Any:
+            maps: list[Any] = []
+            return (self.forward(input_ids, attention_mask, token_type_ids, maps), *maps)
 
         def embed(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> Any:
             return op.mean_pool(self.forward(input_ids, attention_mask, token_type_ids), attention_mask)

@@ -65,6 +65,15 @@ class RMSNorm(nn.Module):  # type: ignore[misc]
         return op.rms_norm(x, self.weight, eps=self.eps)
 
 
+def attention(*operands: Any, maps: list[Any] | None = None, **options: Any) -> Any:
+    """:func:`operators.attention`; its weights (batch, heads, q_len, kv_len) join ``maps`` where there is such a list."""
+    if maps is None:
+        return op.attention(*operands, **options)
+    context, weights = op.attention(*operands, weights=True, **options)
+    maps.append(weights)
+    return context
+
+
 class SelfAttention(nn.Module):  # type: ignore[misc]
     """Multi-head self-attention; queries, keys and values come from one product, the residual is added by the last."""
 
@@ -74,11 +83,18 @@ class SelfAttention(nn.Module):  # type: ignore[misc]
         self.qkv = Linear(hidden, 3 * hidden, dtype=dtype)
         self.output = Linear(hidden, hidden, dtype=dtype)
 
-    def forward(self, x: Any, mask: Any, residual: Any) -> Any:
-        """X and residual (batch, seq, hidden), mask (batch, seq) → (batch, seq, hidden)."""
-        context = op.attention(
-            self.qkv(x), heads=self.heads, head_dim=self.head_dim, mask=mask, causal=self.causal
+    def forward(
+        self, x: Any, mask: Any | None, residual: Any, maps: list[Any] | None = None, row: int | None = None
+    ) -> Any:
+        """X and residual (batch, seq, hidden), mask (batch, seq) → (batch, seq, hidden), or one ``row`` (batch, hidden).
+
+        ``maps`` collects the attention weights, see :func:`attention`.
+        """
+        context = attention(
+            self.qkv(x), heads=self.heads, head_dim=self.head_dim, mask=mask, causal=self.causal, maps=maps
         )  # fmt: skip
+        if row is not None:
+            context, residual = op.select_rows(context, row), op.select_rows(residual, row)
         return self.output(context, residual)
 
 
@@ -105,7 +121,41 @@ class PostNormEncoderLayer(nn.Module):  # type: ignore[misc]
         self.feed_forward = FeedForward(hidden, inner, activation, dtype)
         self.output_norm = LayerNorm(hidden, eps, dtype)
 
-    def forward(self, x: Any, mask: Any) -> Any:
-        """X (batch, seq, hidden), mask (batch, seq) → (batch, seq, hidden)."""
-        x = self.attention_norm(self.attention(x, mask, x))
+    def forward(self, x: Any, mask: Any | None, maps: list[Any] | None = None) -> Any:
+        """X (batch, seq, hidden), mask (batch, seq) → (batch, seq, hidden); ``maps``: see :func:`attention`."""
+        x = self.attention_norm(self.attention(x, mask, x, maps))
         return self.output_norm(self.feed_forward(x, x))
+
+
+class PreNormEncoderLayer(nn.Module):  # type: ignore[misc]
+    """Encoder layer of Baevski and Auli (2018): normalisation before each residual's branch."""
+
+    def __init__(self, hidden: int, heads: int, inner: int, activation: str, eps: float, dtype: str) -> None:
+        super().__init__()
+        self.attention_norm = LayerNorm(hidden, eps, dtype)
+        self.attention = SelfAttention(hidden, heads, dtype=dtype)
+        self.feed_forward_norm = LayerNorm(hidden, eps, dtype)
+        self.feed_forward = FeedForward(hidden, inner, activation, dtype)
+
+    def forward(self, x: Any, mask: Any | None = None, maps: list[Any] | None = None, row: int | None = None) -> Any:
+        """X (batch, seq, hidden), mask (batch, seq) → (batch, seq, hidden); of one ``row``, (batch, hidden).
+
+        ``maps``: see :func:`attention`.
+        """
+        x = self.attention(self.attention_norm(x), mask, x, maps, row)
+        return self.feed_forward(self.feed_forward_norm(x), x)
+
+
+class PatchEmbedding(nn.Module):  # type: ignore[misc]
+    """Input layer of Dosovitskiy et al. (2020): patches embedded, a class token before them, positions added."""
+
+    def __init__(self, channels: int, patch: int, patches: int, hidden: int, dtype: str = "float32") -> None:
+        super().__init__()
+        self.patch = patch
+        self.projection = Linear(channels * patch * patch, hidden, dtype=dtype)
+        self.token = nn.Parameter((hidden,), dtype)
+        self.position = nn.Parameter((patches + 1, hidden), dtype)
+
+    def forward(self, images: Any) -> Any:
+        """Images (batch, channels, height, width) → (batch, 1 + patches, hidden)."""
+        return op.prepend_token(self.projection(op.patchify(images, patch=self.patch)), self.token, self.position)

@@ -195,6 +195,10 @@ class Model:
         used = dict.fromkeys(arg for call in self.calls(entry) for arg in call.args if arg in self.weights)
         return tuple(used)
 
+    def updated(self, entry: str) -> dict[str, str]:
+        """Inputs that ``entry`` updates in place → the last result that stands for them."""
+        return updated_in_place(self.calls(entry), self.entry(entry), frozenset(self.weights))
+
     def workloads(self, shapes: Sequence[Mapping[str, int]], entry: str = "forward") -> dict[Workload, int]:
         """Workload → how many of its calls one run at each of ``shapes`` makes, in execution order."""
         constants = frozenset(self.weights)
@@ -282,6 +286,23 @@ def _raise_calls(function: Any, parameter_names: list[str], outputs: list[str]) 
         return tuple(renamed.get(name, name) for name in found)
 
     return tuple(replace(call, args=rename(call.args), results=rename(call.results)) for call in calls)
+
+
+def updated_in_place(calls: Sequence[OpCall], entry: Entry, constants: frozenset[str]) -> dict[str, str]:
+    """Inputs of ``entry`` that ``calls`` update in place → the last result that stands for them."""
+    ones = dict.fromkeys(entry.dims(), 1)
+    origin = {spec.name: spec.name for spec in entry.inputs}
+    last: dict[str, str] = {}
+    for call in calls:
+        workload = call.workload(ones, constants)
+        if not workload.updated:
+            continue
+        args = dict(zip((spec.name for spec in workload.inputs()), call.args, strict=True))
+        for name, result in zip(workload.updated, call.results[-len(workload.updated) :], strict=True):
+            if args[name] in origin:
+                origin[result] = origin[args[name]]
+                last[origin[result]] = result
+    return last
 
 
 def _dims(type_: Any) -> tuple[Dim, ...]:

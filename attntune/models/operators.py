@@ -178,8 +178,22 @@ def kv_append(
 
 
 def select_rows(x: Any, index: Any) -> Any:
-    """Row index[b] of each sequence of x (batch, seq, features); index (batch,) int64 → (batch, features)."""
-    return emit("select_rows", {}, [x, index], (x.shape[0], x.shape[2]), x.dtype)
+    """Row index[b], index (batch,) int64, or one row, an int, of x (batch, seq, features) → (batch, features)."""
+    attrs, args = ({"row": index}, [x]) if isinstance(index, int) else ({}, [x, index])
+    return emit("select_rows", attrs, args, (x.shape[0], x.shape[2]), x.dtype)
+
+
+def patchify(x: Any, *, patch: int) -> Any:
+    """Images (batch, channels, height, width) → their patches (batch, patches, channels·patch²)."""
+    batch, channels, height, width = x.shape
+    shape = (batch, height // patch * (width // patch), channels * patch * patch)
+    return emit("patchify", {"patch": patch}, [x], shape, x.dtype)
+
+
+def prepend_token(x: Any, token: Any, position: Any) -> Any:
+    """Token (features,) before each x (batch, seq, features), plus position (1 + seq, features)."""
+    batch, seq, features = x.shape
+    return emit("prepend_token", {}, [x, token, position], (batch, seq + 1, features), x.dtype)
 
 
 def argmax(x: Any) -> Any:

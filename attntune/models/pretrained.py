@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from attntune.errors import ModelError
-from attntune.models import bert
+from attntune.models import bert, vit
 from attntune.models.model import Model
 
 
@@ -19,13 +19,21 @@ def _load_bert(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dir
     return bert.build(config, bert.rename(config, tensors), _name(fields, directory))
 
 
+def _load_vit(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory: Path) -> Model:
+    config = vit.VitConfig.from_json(fields)
+    return vit.build(config, vit.rename(config, tensors), _name(fields, directory))
+
+
 def _name(fields: Mapping[str, Any], directory: Path) -> str:
     """The name its authors gave the checkpoint, or else the directory's."""
     return str(fields.get("_name_or_path") or directory.resolve().name).rstrip("/").rsplit("/", 1)[-1]
 
 
 #: Loaders by ``model_type`` of config.json. A new family adds one line.
-LOADERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, np.ndarray], Path], Model]] = {"bert": _load_bert}
+LOADERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, np.ndarray], Path], Model]] = {
+    "bert": _load_bert,
+    "vit": _load_vit,
+}
 
 
 def from_pretrained(path: str | Path) -> Model:

@@ -12,6 +12,8 @@ from attntune.ops.kv_append import KVAppend
 from attntune.ops.layer_norm import LayerNorm
 from attntune.ops.linear import Linear
 from attntune.ops.mean_pool import MeanPool
+from attntune.ops.patchify import Patchify
+from attntune.ops.prepend_token import PrependToken
 from attntune.ops.rms_norm import RMSNorm
 from attntune.ops.rope import Rope
 from attntune.ops.select_rows import SelectRows
@@ -31,6 +33,8 @@ REGISTRY: dict[str, type[Workload]] = {
         LayerNorm,
         Linear,
         MeanPool,
+        Patchify,
+        PrependToken,
         RMSNorm,
         Rope,
         SelectRows,
@@ -49,6 +53,8 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "MeanPool",
+    "Patchify",
+    "PrependToken",
     "RMSNorm",
     "Rope",
     "SelectRows",

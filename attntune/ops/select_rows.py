@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from attntune.ops.workload import FLOAT_DTYPES, TensorSpec, Workload, one_of, positive, random_operand
+from attntune.ops.workload import FLOAT_DTYPES, TensorSpec, Workload, one_of, positive, random_operand, require
 
 
 @dataclass(frozen=True)
 class SelectRows(Workload):
-    """``y[b] = x[b, index[b]]``; an index outside [0, seq) is clamped.
+    """``y[b] = x[b, index[b]]``; an index outside [0, seq) is clamped. With ``row``, ``y[b] = x[b, row]``.
 
-    Shapes: x (batch, seq, features), index (batch,) int64 → y (batch, features).
+    Shapes: x (batch, seq, features), without ``row`` also index (batch,) int64 → y (batch, features).
     """
 
     op: ClassVar[str] = "select_rows"
@@ -26,25 +26,25 @@ class SelectRows(Workload):
     dtype: str = "float32"
     out_dtype: str = ""
     """Of y; ``""`` means ``dtype``."""
+    row: int = -1
+    """The same row of every sequence; -1: an operand says which."""
 
     def __post_init__(self) -> None:
         positive(self.op, batch=self.batch, seq=self.seq, features=self.features)
         one_of(self.op, "dtype", self.dtype, FLOAT_DTYPES)
         one_of(self.op, "out_dtype", self.out_dtype, ("", *FLOAT_DTYPES))
+        require(-1 <= self.row < self.seq, f"select_rows: expected row below seq ({self.seq}), got {self.row}")
 
     @classmethod
     def from_call(cls, attrs: Mapping[str, Any], args: Sequence[TensorSpec]) -> SelectRows:
-        """From a model's call: x, index."""
-        x = args[0]
-        batch, seq, features = x.shape
-        return cls(batch, seq, features, dtype=x.dtype, out_dtype=str(attrs.get("out_dtype", "")))
+        """From a model's call: x, and index unless ``attrs`` name a row."""
+        x, row = args[0], int(attrs.get("row", -1))
+        return cls(*x.shape, dtype=x.dtype, out_dtype=str(attrs.get("out_dtype", "")), row=row)
 
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """X, index."""
-        return (
-            TensorSpec("x", (self.batch, self.seq, self.features), self.dtype),
-            TensorSpec("index", (self.batch,), "int64"),
-        )
+        """X, and index where the variant has it."""
+        x = TensorSpec("x", (self.batch, self.seq, self.features), self.dtype)
+        return (x, TensorSpec("index", (self.batch,), "int64")) if self.row < 0 else (x,)
 
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Y (batch, features)."""
@@ -54,18 +54,20 @@ class SelectRows(Workload):
         """One elementwise stage ``y``."""
         from tvm import te, tirx
 
-        x, index = (te.placeholder(spec.shape, spec.dtype, spec.name) for spec in self.inputs())
+        x, *index = (te.placeholder(spec.shape, spec.dtype, spec.name) for spec in self.inputs())
         last, first = tirx.const(self.seq - 1, "int64"), tirx.const(0, "int64")
 
         def element(b: Any, j: Any) -> Any:
-            return x[b, te.max(te.min(index[b], last), first), j].astype("float32").astype(self.outputs()[0].dtype)
+            at = te.max(te.min(index[0][b], last), first) if index else self.row
+            return x[b, at, j].astype("float32").astype(self.outputs()[0].dtype)
 
-        return [x, index, te.compute((self.batch, self.features), element, name="y")]
+        return [x, *index, te.compute((self.batch, self.features), element, name="y")]
 
     def reference(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """Float64 NumPy."""
-        x, index = inputs
-        return (np.asarray(x, np.float64)[np.arange(self.batch), np.clip(index, 0, self.seq - 1)],)
+        x, *index = inputs
+        at = np.clip(index[0], 0, self.seq - 1) if index else self.row
+        return (np.asarray(x, np.float64)[np.arange(self.batch), at],)
 
     def flops(self) -> int:
         """One per element, for the copy."""
@@ -73,8 +75,8 @@ class SelectRows(Workload):
 
     def bytes_moved(self) -> int:
         """One row of each sequence is read and written."""
-        x, index = self.inputs()
-        return x.bytes // self.seq + index.bytes + self.outputs()[0].bytes
+        x, *index = self.inputs()
+        return x.bytes // self.seq + sum(spec.bytes for spec in index) + self.outputs()[0].bytes
 
     def example_inputs(self, seed: int = 0) -> tuple[np.ndarray, ...]:
         """Indices over the sequence, last and first included, and one past the end from batch 3 on."""
@@ -85,4 +87,5 @@ class SelectRows(Workload):
             index[-1] = 0
         if self.batch > 2:
             index[1] = self.seq
-        return random_operand(rng, self.inputs()[0]), index
+        x = random_operand(rng, self.inputs()[0])
+        return (x, index) if self.row < 0 else (x,)

@@ -22,6 +22,8 @@ from attntune.ops import (
     LayerNorm,
     Linear,
     MeanPool,
+    Patchify,
+    PrependToken,
     RMSNorm,
     Rope,
     SelectRows,
@@ -191,9 +193,24 @@ def _embedding(w: Embedding, ids, table, *rest):
     return y
 
 
-def _select_rows(w: SelectRows, x, index):
+def _patchify(w: Patchify, x):
+    from torch.nn import functional as F
+
+    return F.unfold(x, w.patch, stride=w.patch).transpose(1, 2)
+
+
+def _prepend_token(w: PrependToken, x, token, position):
     import torch
 
+    return torch.stack([torch.cat([token[None], rows]) + position for rows in x])
+
+
+def _select_rows(w: SelectRows, x, *index):
+    import torch
+
+    if w.row >= 0:
+        return x[:, w.row]
+    (index,) = index
     return torch.stack([x[b, min(max(int(index[b]), 0), w.seq - 1)] for b in range(w.batch)])
 
 
@@ -471,10 +488,47 @@ ROWS: dict[str, Row] = {
             SelectRows(4, 13, 96),
             SelectRows(3, 5, 35),
             SelectRows(2, 5, 131, dtype="bfloat16"),
+            SelectRows(2, 5, 33, dtype="bfloat16", out_dtype="float32"),
+            SelectRows(3, 7, 37, row=0),
+            SelectRows(2, 5, 33, row=4, dtype="bfloat16"),
         ),
         oracle=_select_rows,
         call=({}, ((2, 5, 17), (2,)), SelectRows(2, 5, 17)),
         drawn=st.builds(SelectRows, batch=_FEW, seq=_SIZES, features=_SIZES),
+        wrong=({"seq": 0}, {"dtype": "int8"}, {"row": 7}),
+    ),
+    "patchify": Row(
+        workloads=(
+            Patchify(2, 3, 12, 20, 4),
+            Patchify(1, 1, 1, 1, 1),
+            Patchify(3, 1, 8, 8, 2),
+            Patchify(1, 3, 32, 48, 16),
+            Patchify(2, 2, 14, 21, 7, out_dtype="bfloat16"),
+            Patchify(1, 3, 8, 8, 8, dtype="bfloat16"),
+        ),
+        oracle=_patchify,
+        call=({"patch": 4}, ((2, 3, 12, 20),), Patchify(2, 3, 12, 20, 4)),
+        drawn=st.builds(
+            lambda down, across, patch, **kw: Patchify(height=down * patch, width=across * patch, patch=patch, **kw),
+            batch=st.integers(1, 3),
+            channels=st.integers(1, 4),
+            down=st.integers(1, 4),
+            across=st.integers(1, 4),
+            patch=st.integers(1, 17),
+        ),
+        wrong=({"height": 13}, {"patch": 0}, {"dtype": "int8"}),
+    ),
+    "prepend_token": Row(
+        workloads=(
+            PrependToken(2, 7, 37),
+            PrependToken(1, 1, 1),
+            PrependToken(3, 4, 96),
+            PrependToken(2, 5, 33, dtype="bfloat16"),
+            PrependToken(1, 5, 64, dtype="bfloat16", out_dtype="float32"),
+        ),
+        oracle=_prepend_token,
+        call=({}, ((2, 7, 37), (37,), (8, 37)), PrependToken(2, 7, 37)),
+        drawn=st.builds(PrependToken, batch=_FEW, seq=st.integers(1, 30), features=_SIZES),
         wrong=({"seq": 0}, {"dtype": "int8"}),
     ),
     "rope": Row(

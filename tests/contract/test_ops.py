@@ -60,7 +60,7 @@ class TestWorkload:
         assert workload.flops() >= 0
         assert workload.bytes_moved() > 0
         rtol, atol = workload.tolerance()
-        limit = 4e-3 if getattr(workload, "dtype", "") == "bfloat16" else 1e-3
+        limit = 4e-3 if "bfloat16" in (getattr(workload, "dtype", ""), getattr(workload, "out_dtype", "")) else 1e-3
         assert 0 < rtol < limit
         assert 0 < atol < 1e-3
 

@@ -135,7 +135,9 @@ class SelectRowsCPU(MoveTemplate):
 
         assert isinstance(workload, SelectRows)
         first, last = tirx.const(0, "int64"), tirx.const(workload.seq - 1, "int64")
-        at = T.bind(T.Cast("int32", T.max(T.min(operands["index"][row], last), first)))
+        at: Any = workload.row
+        if workload.row < 0:
+            at = T.bind(T.Cast("int32", T.max(T.min(operands["index"][row], last), first)))
 
         def move(column: Any, width: int) -> None:
             elements.store(
