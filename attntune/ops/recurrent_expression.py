@@ -39,8 +39,8 @@ def recurrence(w: Recurrent, operand: Mapping[str, Any]) -> Any:
                 def unit(j: Any) -> None:
                     fresh = updated(w, [x[b, at, g * w.hidden + j] for g in range(w.gates)],
                                     [sums[g, j] for g in range(w.gates)], [state[b, j] for state in states])  # fmt: skip
-                    # The cell before the output: the output's expression reads the cell's old value no more.
-                    for state, value in reversed(list(zip(states, fresh, strict=True))):
+                    # The output first: its expression still reads the cell's old value.
+                    for state, value in zip(states, fresh, strict=True):
                         T.buffer_store(state, value, [b, j])
                     T.buffer_store(outputs, states[0][b, j], [b, at, j])
 
