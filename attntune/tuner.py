@@ -341,7 +341,8 @@ def _of_model(model: Any, shapes: Sequence[Mapping[str, int]]) -> dict[Workload,
     for shape in shapes:
         calls: dict[Workload, int] = {}
         # Entry points share most of their calls, and one run uses one of them.
-        for entry in getattr(model, "entries", None) or ("forward",):
+        entries = getattr(model, "entries", None) or {"forward": None}
+        for entry in (name for name, spec in entries.items() if not getattr(spec, "on_request", False)):
             for workload, n in model.workloads([shape], entry).items():
                 calls[workload] = max(n, calls.get(workload, 0))
         for workload, n in calls.items():

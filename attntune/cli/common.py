@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import json
 import math
 import re
@@ -111,15 +112,23 @@ def note(text: str) -> None:
 def parse_shapes(text: str) -> list[dict[str, int]]:
     """``"1x128,8x128"`` as ``[{"batch": 1, "seq": 128}, {"batch": 8, "seq": 128}]``.
 
+    Other dimensions are given by name: ``"1x128xcontext=2048"``.
+
     Raises:
         InputError: naming the part that is not ``<batch>x<seq>`` with positive numbers.
     """
     shapes = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*([1-9]\d*)\s*[x\u00d7]\s*([1-9]\d*)\s*", part)
-        if match is None:
-            raise InputError(f"expected shapes such as 1x128,8x128 (batch x sequence length), got {part!r} in {text!r}")
-        shapes.append({"batch": int(match[1]), "seq": int(match[2])})
+        sizes: dict[str, int] = {}
+        for name, item in itertools.zip_longest(("batch", "seq"), re.split(r"(?<=\d)\s*[x\u00d7]\s*", part)):
+            match = re.fullmatch(r"\s*(?:([a-z]+)=)?([1-9]\d*)\s*", item or "")
+            if match is None or (match[1] or name) in (None, *sizes):
+                raise InputError(
+                    f"expected shapes such as 1x128,8x128 (batch x sequence length) or 1x128xcontext=2048, "
+                    f"got {part!r} in {text!r}"
+                )
+            sizes[match[1] or name] = int(match[2])
+        shapes.append(sizes)
     return shapes
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from attntune.errors import ExportError
 from attntune.interop.onnx_graph import GraphBuilder, element_type
+from attntune.interop.reference import next_name
+from attntune.models.model import updated_in_place
 
 if TYPE_CHECKING:
     from attntune.models.model import Model
@@ -91,11 +93,16 @@ def _model_proto(model: Model, entry: str, builder: GraphBuilder) -> Any:
         return helper.make_tensor_value_info(name, element_type(dtype), list(dims))
 
     spec = model.entries[entry]
+    outputs = [info(tensor.name, tensor.dims, tensor.dtype) for tensor in spec.outputs]
+    shapes = {tensor.name: tensor for tensor in spec.inputs}
+    for name, result in updated_in_place(model.calls(entry), spec, frozenset(model.weights)).items():
+        builder.nodes.append(helper.make_node("Identity", [builder.value(result)], [next_name(name)]))
+        outputs.append(info(next_name(name), shapes[name].dims, shapes[name].dtype))
     graph = helper.make_graph(
         builder.nodes,
         entry,
         [info(tensor.name, tensor.dims, tensor.dtype) for tensor in spec.inputs],
-        [info(tensor.name, tensor.dims, tensor.dtype) for tensor in spec.outputs],
+        outputs,
         [numpy_helper.from_array(array, name) for name, array in builder.initializers.items()],
     )
     imports = [helper.make_opsetid("", builder.opset)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from attntune.errors import InputError
-from attntune.models.model import bind
+from attntune.models.model import bind, updated_in_place
 
 if TYPE_CHECKING:
     from attntune.models.model import Model
@@ -43,7 +43,15 @@ def evaluate(model: Model, inputs: Mapping[str, np.ndarray], entry: str = "forwa
         ]
         for name, shape, result in zip(call.results, call.result_shapes, workload.reference(*operands), strict=True):
             values[name] = result.reshape(bind(shape, dims))
-    return {tensor.name: values[tensor.name] for tensor in spec.outputs}
+    found = {tensor.name: values[tensor.name] for tensor in spec.outputs}
+    for name, last in updated_in_place(model.calls(entry), spec, constants).items():
+        found[next_name(name)] = values[last]
+    return found
+
+
+def next_name(name: str) -> str:
+    """What a functional twin calls the output that takes the place of an input updated in place."""
+    return f"next_{name}"
 
 
 def sample_inputs(

@@ -10,17 +10,32 @@ from attntune.models import operators as op
 
 
 class Linear(nn.Module):  # type: ignore[misc]
-    """Weight (out_features, in_features) and bias (out_features,); activation and residual run in the same kernel."""
+    """Weight (out_features, in_features) and bias (out_features,); activation and residual run in the same kernel.
 
-    def __init__(self, in_features: int, out_features: int, *, activation: str = "", dtype: str = "float32") -> None:
+    ``gated``: weight and bias have 2·out_features rows, the gate's first; see :class:`attntune.ops.Linear`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        activation: str = "",
+        bias: bool = True,
+        gated: bool = False,
+        dtype: str = "float32",
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter((out_features, in_features), dtype)
-        self.bias = nn.Parameter((out_features,), dtype)
-        self.activation = activation
+        rows = out_features * (2 if gated else 1)
+        self.weight = nn.Parameter((rows, in_features), dtype)
+        self.bias = nn.Parameter((rows,), dtype) if bias else None
+        self.activation, self.gated = activation, gated
 
-    def forward(self, x: Any, residual: Any | None = None) -> Any:
-        """X (…, in_features), residual (…, out_features) → (…, out_features)."""
-        return op.linear(x, self.weight, self.bias, activation=self.activation, residual=residual)
+    def forward(self, x: Any, residual: Any | None = None, *, squeeze: bool = False) -> Any:
+        """X (…, in_features), residual (…, out_features) → (…, out_features); ``squeeze`` drops axis 1, of extent 1."""
+        return op.linear(
+            x, self.weight, self.bias, activation=self.activation, residual=residual, gated=self.gated, squeeze=squeeze
+        )
 
 
 class LayerNorm(nn.Module):  # type: ignore[misc]
@@ -35,6 +50,19 @@ class LayerNorm(nn.Module):  # type: ignore[misc]
     def forward(self, x: Any) -> Any:
         """X (…, features) → the same shape."""
         return op.layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+
+class RMSNorm(nn.Module):  # type: ignore[misc]
+    """Weight (features,)."""
+
+    def __init__(self, features: int, eps: float, dtype: str = "float32") -> None:
+        super().__init__()
+        self.weight = nn.Parameter((features,), dtype)
+        self.eps = eps
+
+    def forward(self, x: Any) -> Any:
+        """X (…, features) → the same shape."""
+        return op.rms_norm(x, self.weight, eps=self.eps)
 
 
 def attention(*operands: Any, maps: list[Any] | None = None, **options: Any) -> Any:

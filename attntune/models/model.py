@@ -150,11 +150,19 @@ class Model:
     def _exported(self) -> tuple[Any, list[str]]:
         from tvm.relax.frontend import nn
 
+        made = self.make_module()
+        # Inputs by position, so that their names need not be those of a Python function's parameters.
         spec = {
-            name: {s.name: nn.spec.Tensor(list(s.dims), s.dtype) for s in entry.inputs}
+            name: nn.spec.MethodSpec(
+                getattr(made, name),
+                [s.name.replace(".", "_") for s in entry.inputs],
+                [nn.spec.Tensor(list(s.dims), s.dtype) for s in entry.inputs],
+                param_mode="plain",
+                effect_mode="plain",
+            )
             for name, entry in self.entries.items()
         }
-        module, parameters = self.make_module().export_tvm(spec)
+        module, parameters = made.export_tvm(spec)
         names = [name for name, _ in parameters]
         if missing := set(names) - set(self.weights):
             raise ModelError(f"{self.name}: weights lack {sorted(missing)}")
@@ -187,6 +195,10 @@ class Model:
         """Weights that ``entry`` reads, in order of first use."""
         used = dict.fromkeys(arg for call in self.calls(entry) for arg in call.args if arg in self.weights)
         return tuple(used)
+
+    def updated(self, entry: str) -> dict[str, str]:
+        """Inputs that ``entry`` updates in place → the last result that stands for them."""
+        return updated_in_place(self.calls(entry), self.entry(entry), frozenset(self.weights))
 
     def workloads(self, shapes: Sequence[Mapping[str, int]], entry: str = "forward") -> dict[Workload, int]:
         """Workload → how many of its calls one run at each of ``shapes`` makes, in execution order."""
@@ -275,6 +287,23 @@ def _raise_calls(function: Any, parameter_names: list[str], outputs: list[str]) 
         return tuple(renamed.get(name, name) for name in found)
 
     return tuple(replace(call, args=rename(call.args), results=rename(call.results)) for call in calls)
+
+
+def updated_in_place(calls: Sequence[OpCall], entry: Entry, constants: frozenset[str]) -> dict[str, str]:
+    """Inputs of ``entry`` that ``calls`` update in place → the last result that stands for them."""
+    ones = dict.fromkeys(entry.dims(), 1)
+    origin = {spec.name: spec.name for spec in entry.inputs}
+    last: dict[str, str] = {}
+    for call in calls:
+        workload = call.workload(ones, constants)
+        if not workload.updated:
+            continue
+        args = dict(zip((spec.name for spec in workload.inputs()), call.args, strict=True))
+        for name, result in zip(workload.updated, call.results[-len(workload.updated) :], strict=True):
+            if args[name] in origin:
+                origin[result] = origin[args[name]]
+                last[origin[result]] = result
+    return last
 
 
 def _dims(type_: Any) -> tuple[Dim, ...]:

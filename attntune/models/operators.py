@@ -47,14 +47,17 @@ def linear(
     activation: str = "",
     residual: Any | None = None,
     gated: bool = False,
+    squeeze: bool = False,
 ) -> Any:
-    """X (…, in), weight (out, in), bias (out,), residual (…, out) → (…, out); gated: weight and bias have 2·out rows."""
+    """X (…, in), weight (out, in), bias (out,), residual (…, out) → (…, out).
+
+    ``gated``: weight and bias have 2·out rows. ``squeeze``: axis 1, of extent 1, is not in the result.
+    """
     attrs = {"bias": bias is not None, "activation": activation, "residual": residual is not None}
-    if gated:
-        attrs["gated"] = True
+    attrs |= {name: True for name, on in (("gated", gated), ("squeeze", squeeze)) if on}
     args = [arg for arg in (x, weight, bias, residual) if arg is not None]
-    out = weight.shape[0] // 2 if gated else weight.shape[0]
-    return emit("linear", attrs, args, (*x.shape[:-1], out), x.dtype)
+    lead = (x.shape[0], *x.shape[2:-1]) if squeeze else x.shape[:-1]
+    return emit("linear", attrs, args, (*lead, weight.shape[0] // 2 if gated else weight.shape[0]), x.dtype)
 
 
 def attention(
@@ -76,7 +79,7 @@ def attention(
     ``length_kind="qkv"`` of the queries too → (batch, q_len, heads·head_dim); with ``weights`` also the softmax
     (batch, heads, q_len, kv_len) float32.
     """
-    attrs = {
+    attrs: dict[str, Any] = {
         "heads": heads, "kv_heads": kv_heads or heads, "head_dim": head_dim, "packed": len(operands) == 1,
         "causal": causal, "mask": mask is not None, "bias": bias is not None, "scale": scale,
     }  # fmt: skip
@@ -120,7 +123,7 @@ def mean_pool(x: Any, mask: Any, *, eps: float = 1e-9, normalize: bool = True) -
 
 
 def rms_norm(x: Any, weight: Any, *, eps: float, residual: Any | None = None) -> Any:
-    """x + residual over its root mean square along the last axis, times weight; x (…, features)."""
+    """X + residual over its root mean square along the last axis, times weight; x (…, features)."""
     args = [x, *([residual] if residual is not None else []), weight]
     return emit("rms_norm", {"eps": eps, "residual": residual is not None}, args, x.shape, x.dtype)
 
@@ -134,7 +137,7 @@ def embedding(
     scale: float = 1.0,
     position_offset: int = 0,
 ) -> Any:
-    """scale · table[ids] + position[p], p counted from the start or back from lengths → (batch, seq, features)."""
+    """Scale · table[ids] + position[p], p counted from the start or back from lengths → (batch, seq, features)."""
     attrs = {
         "scale": scale, "position": position is not None, "lengths": lengths is not None,
         "position_offset": position_offset,

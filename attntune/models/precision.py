@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 PRECISIONS = ("float32", "bfloat16", "int8")
 
 #: Operators that can write float32 from bfloat16 operands, as a model's outputs are.
-_WIDENING = ("layer_norm", "linear", "mean_pool")
+_WIDENING = ("embedding", "layer_norm", "linear", "mean_pool", "rms_norm", "select_rows")
+#: Operators whose last two operands, where they have a ``style``, are cosines and sines: float32 at any precision.
+_ROTATING = ("rope", "kv_append")
 _SCALE = ":scale"
 
 
@@ -111,7 +113,11 @@ def _retyped(call: OpCall, precision: str, is_output: bool, is_read: bool, weigh
             f"{precision}: expected output {call.result!r} to be made by one of {_WIDENING} and read by no other "
             f"operator, got {call.op!r}"
         )
-    dtypes = ["bfloat16" if dtype == "float32" else dtype for dtype in call.arg_dtypes]
+    exact = _exact(call)
+    dtypes = [
+        "bfloat16" if dtype == "float32" and name not in exact else dtype
+        for name, dtype in zip(call.args, call.arg_dtypes, strict=True)
+    ]
     args, shapes, attrs = list(call.args), list(call.arg_shapes), dict(call.attrs)
     if _quantizes(call, precision, weights):
         dtypes[1] = "int8"
@@ -123,10 +129,17 @@ def _retyped(call: OpCall, precision: str, is_output: bool, is_read: bool, weigh
     first, *others = call.result_dtypes
     if first == "float32" and not is_output:
         first = "bfloat16"
+    if call.op == "kv_append":
+        others = ["bfloat16"] * len(others)
     return dataclasses.replace(
         call, args=tuple(args), arg_shapes=tuple(shapes), arg_dtypes=tuple(dtypes), attrs=attrs,
         result_dtypes=(first, *others),
     )  # fmt: skip
+
+
+def _exact(call: OpCall) -> frozenset[str]:
+    """Operands that stay float32."""
+    return frozenset(call.args[-2:] if call.op in _ROTATING and call.attrs.get("style") else ())
 
 
 def _quantizes(call: OpCall, precision: str, weights: Mapping[str, object]) -> bool:
@@ -138,10 +151,12 @@ def _weights(model: Model, precision: str) -> dict[str, np.ndarray]:
         call.args[1] for entry in model.entries for call in model.calls(entry)
         if _quantizes(call, precision, model.weights)
     }  # fmt: skip
+    exact = {name for entry in model.entries for call in model.calls(entry) for name in _exact(call)}
     converted: dict[str, np.ndarray] = {}
     for name, values in model.weights.items():
         if name in quantized:
             converted[name], converted[name + _SCALE] = quantize_weight(values)
         else:
-            converted[name] = as_dtype(values, "bfloat16") if values.dtype == np.float32 else values
+            narrows = values.dtype == np.float32 and name not in exact
+            converted[name] = as_dtype(values, "bfloat16") if narrows else values
     return converted

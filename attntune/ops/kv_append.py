@@ -118,7 +118,9 @@ class KVAppend(Workload):
 
                 i = c - (lengths[b] - self.q_len)
                 inside = tirx.And(i >= 0, i < self.q_len)
-                return tirx.Select(inside, new(b, te.max(te.min(i, self.q_len - 1), 0), j + first, rotates), old[b, c, j])
+                return tirx.Select(
+                    inside, new(b, te.max(te.min(i, self.q_len - 1), 0), j + first, rotates), old[b, c, j]
+                )
 
             return te.compute(old.shape, element, name=old.op.name + "_updated")
 

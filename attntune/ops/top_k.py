@@ -53,12 +53,12 @@ class ArgMax(Workload):
 
         x = te.placeholder((self.rows, self.features), self.dtype, "x")
         top = reduction.max("top", [self.rows], self.features, lambda i, k: x[(*i, k)].astype("float32"))
-        none = tirx.const(-self.features, "int32")
+        zero, none = tirx.const(0, "int32"), tirx.const(-self.features, "int32")
         before = reduction.max(
             "before",
             [self.rows],
             self.features,
-            lambda i, k: tirx.Select(x[(*i, k)].astype("float32") == top[i], (0 - k).astype("int32"), none),
+            lambda i, k: tirx.Select(x[(*i, k)].astype("float32") == top[i], zero - k, none),
         )
         return [x, te.compute((self.rows,), lambda i: (0 - before[i]).astype("int64"), name="index")]
 

@@ -483,9 +483,10 @@ ROWS: dict[str, Row] = {
     ),
     "select_rows": Row(
         workloads=(
-            SelectRows(3, 7, 37),
+            SelectRows(3, 7, 37, dtype="bfloat16", out_dtype="float32"),
             SelectRows(1, 1, 1),
             SelectRows(4, 13, 96),
+            SelectRows(3, 5, 35),
             SelectRows(2, 5, 131, dtype="bfloat16"),
             SelectRows(2, 5, 33, dtype="bfloat16", out_dtype="float32"),
             SelectRows(3, 7, 37, row=0),

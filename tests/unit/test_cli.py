@@ -311,3 +311,12 @@ class TestDoctor:
         assert [check.status for check in doctor_module.torch_extension()] == ["ok"]
         found.clear()
         assert list(doctor_module.torch_extension()) == []
+
+
+def test_shapes_take_dimensions_by_name():
+    assert parse_shapes("1x128xcontext=2048, 8×16") == [
+        {"batch": 1, "seq": 128, "context": 2048}, {"batch": 8, "seq": 16}
+    ]  # fmt: skip
+    for wrong in ("1x128x5", "1xbatch=2", "x", "1x128xcontext="):
+        with pytest.raises(InputError, match="expected shapes such as"):
+            parse_shapes(wrong)
