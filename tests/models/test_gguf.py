@@ -136,23 +136,27 @@ def test_smollm2_answers_and_matches_pytorch(smollm2):
 
     model = from_pretrained(smollm2)
     tokenizer = Tokenizer.from_file(str(model.directory / "tokenizer.json"))
-    prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    prompt = (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    )
     ids = tokenizer.encode(prompt).ids
     assert tokenizer.decode(ids, skip_special_tokens=False) == prompt
     tuned = TunedModel(compile(model, shapes=[{"batch": 1, "seq": 16, "context": 64}]))
     cached = Cached(tuned, 1, 16)
-    logits = [cached.prefill([ids[:16]]), cached.prefill([ids[16:]])]
+    chunks = [ids[at : at + 16] for at in range(0, len(ids), 16)]
+    logits = [cached.prefill([chunk]) for chunk in chunks]
     written = []
     while (token := int(logits[-1].argmax())) not in model.generation.stop:
         written.append(token)
         logits.append(cached.decode([token]))
     assert tokenizer.decode(written) == "The capital of France is Paris."
-    tensors = {name: torch.from_numpy(value) for name, value in _hugging_face_tensors(model).items()}
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in _hugging_face_tensors(model).items()}
     everything = torch.tensor([[*ids, *written]])
     expected = llama_logits(
         tensors, everything, layers=30, heads=9, kv_heads=3, eps=1e-5, theta=100000.0, interleaved=True
     )[0].numpy()
-    rows = [15, *range(len(ids) - 1, everything.shape[1])]
+    rows = [*range(15, len(ids) - 1, 16), *range(len(ids) - 1, everything.shape[1])]
     np.testing.assert_allclose(
         np.concatenate(logits), expected[rows], rtol=1e-3, atol=1e-3 * np.abs(expected).max()
     )  # fmt: skip
