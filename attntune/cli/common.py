@@ -112,7 +112,8 @@ def note(text: str) -> None:
 def parse_shapes(text: str) -> list[dict[str, int]]:
     """``"1x128,8x128"`` as ``[{"batch": 1, "seq": 128}, {"batch": 8, "seq": 128}]``.
 
-    Other dimensions are given by name: ``"1x128xcontext=2048"``.
+    Other dimensions are given by name, ``"1x128xcontext=2048"``; with a name, batch and seq may be missing:
+    ``"batch=8"``.
 
     Raises:
         InputError: naming the part that is not ``<batch>x<seq>`` with positive numbers.
@@ -121,6 +122,8 @@ def parse_shapes(text: str) -> list[dict[str, int]]:
     for part in text.split(","):
         sizes: dict[str, int] = {}
         for name, item in itertools.zip_longest(("batch", "seq"), re.split(r"(?<=\d)\s*[x\u00d7]\s*", part)):
+            if item is None and "=" in part:
+                break
             match = re.fullmatch(r"\s*(?:([a-z]+)=)?([1-9]\d*)\s*", item or "")
             if match is None or (match[1] or name) in (None, *sizes):
                 raise InputError(

@@ -186,7 +186,8 @@ class Model:
             calls = _raise_calls(module[entry], [s.name for s in self.entries[entry].inputs] + names, outputs)
             if self.precision != "float32":
                 wide = [spec.name for spec in self.entries[entry].outputs if spec.dtype == "float32"]
-                calls = retyped(calls, self.precision, wide, self.weights)
+                given = [s.name for s in self.entries[entry].inputs if s.dtype == "float32" and not s.carried]
+                calls = retyped(calls, self.precision, wide, self.weights, given)
             cache[entry] = calls
         return cache[entry]
 

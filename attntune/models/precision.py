@@ -78,15 +78,33 @@ def _narrowed(specs: tuple[InputSpec, ...]) -> tuple[InputSpec, ...]:
 
 
 def retyped(
-    calls: Sequence[OpCall], precision: str, outputs: Sequence[str], weights: Mapping[str, object]
+    calls: Sequence[OpCall],
+    precision: str,
+    outputs: Sequence[str],
+    weights: Mapping[str, object],
+    inputs: Sequence[str] = (),
 ) -> tuple[OpCall, ...]:
-    """Operator calls of a float32 entry at ``precision``; those that make ``outputs`` still make float32.
+    """Operator calls of a float32 entry at ``precision``; ``inputs`` are float32 still, and ``outputs`` made so.
 
     Raises:
         ModelError: naming an operator that makes an output and cannot write float32 from bfloat16.
     """
     read = {arg for call in calls for arg in call.args}
-    return tuple(_retyped(call, precision, call.result in outputs, call.result in read, weights) for call in calls)
+    found = []
+    for call in calls:
+        retyped_call = _retyped(call, precision, call.result in outputs, call.result in read, weights)
+        found.append(_reading(retyped_call, call, inputs))
+    return tuple(found)
+
+
+def _reading(call: OpCall, before: OpCall, inputs: Sequence[str]) -> OpCall:
+    """``call`` with those of its arguments that are ``inputs`` as they were ``before``."""
+    if not set(call.args) & set(inputs):
+        return call
+    kept = dict(zip(before.args, before.arg_dtypes, strict=True))
+    dtypes = (kept[arg] if arg in inputs else dtype for arg, dtype in zip(call.args, call.arg_dtypes, strict=True))
+    attrs = {**call.attrs, "out_dtype": call.result_dtype}
+    return dataclasses.replace(call, arg_dtypes=tuple(dtypes), attrs=attrs)
 
 
 def _retyped(call: OpCall, precision: str, is_output: bool, is_read: bool, weights: Mapping[str, object]) -> OpCall:
