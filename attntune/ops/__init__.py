@@ -21,6 +21,7 @@ from attntune.ops.rope import Rope
 from attntune.ops.select_rows import SelectRows
 from attntune.ops.softmax import Softmax
 from attntune.ops.top_k import ArgMax, TopK
+from attntune.ops.unfold import Unfold
 from attntune.ops.workload import TensorSpec, Workload
 
 #: Operators by name. A new operator adds one line here.
@@ -45,6 +46,7 @@ REGISTRY: dict[str, type[Workload]] = {
         SelectRows,
         Softmax,
         TopK,
+        Unfold,
     )
 }
 
@@ -69,6 +71,7 @@ __all__ = [
     "Softmax",
     "TensorSpec",
     "TopK",
+    "Unfold",
     "Workload",
     "operator",
     "workload_from_key",

@@ -1,4 +1,4 @@
-"""Both ends of a patch embedding on CPUs: patches cut from an image, token and positions added to their embeddings.
+"""Around the product of a patch embedding or convolution on CPUs: patches and windows cut out, positions added.
 
 They move memory and are bound by it; the loop nest is that of ``moves.py``: rows of the result, along a row vectors.
 """
@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from attntune.ops.patchify import Patchify
 from attntune.ops.prepend_token import PrependToken
+from attntune.ops.unfold import Unfold
 from attntune.ops.workload import Workload
 from attntune.templates.cpu.elements import Elements
 from attntune.templates.cpu.moves import MoveTemplate, Operands, copy
@@ -68,3 +69,39 @@ class PrependTokenCPU(MoveTemplate):
                 add(operands["token"], [])
             with T.Else():
                 add(operands["x"], [b, i - 1])
+
+
+class UnfoldCPU(MoveTemplate):
+    """One row a window: one run of neighbours for each step of the kernel, or with ``"bcl"`` one element a channel."""
+
+    op: ClassVar[str] = "unfold"
+
+    def rows(self, workload: Workload) -> int:
+        """Windows of all sequences."""
+        assert isinstance(workload, Unfold), f"expected an Unfold workload, got {workload}"
+        return workload.batch * workload.steps
+
+    def row(self, workload: Workload, elements: Elements, operands: Operands, row: Any) -> None:
+        """One window; steps outside the sequence are zero."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        assert isinstance(workload, Unfold)
+        w = workload
+        b, t = row // w.steps, row % w.steps
+
+        def zero(column: Any, width: int) -> None:
+            elements.store(operands["y"], [b, t, k * w.channels + column], elements.splat(0.0, width), width)
+
+        with T.serial(w.kernel) as k:
+            at = t * w.stride + k - w.padding
+            with T.If(tirx.And(at >= 0, at < w.length)):
+                with T.Then():
+                    if w.layout == "blc":
+                        copy(elements, (operands["x"], [b, at, 0]), (operands["y"], [b, t, k * w.channels]), w.channels)
+                    else:
+                        with T.serial(w.channels) as c:
+                            value = elements.load(operands["x"], [b, c, at], 1)
+                            elements.store(operands["y"], [b, t, k * w.channels + c], value, 1)
+                with T.Else():
+                    elements.along(w.channels, zero)
