@@ -23,7 +23,7 @@ from attntune.ops.attention import MASKED, Attention
 from attntune.runtime.artifact import ALIGNMENT
 from attntune.runtime.dltensor import TensorSlot
 from attntune.runtime.kernel_thread import KERNEL_THREAD
-from attntune.runtime.tuned_model import aligned_zeros
+from attntune.runtime.inputs import aligned_zeros
 
 __all__ = ["clear_cache", "scaled_dot_product_attention"]
 

@@ -1,4 +1,4 @@
-"""Layers of decoder-only models: grouped-query self-attention with and without a cache, feed-forward, pre-norm layer."""
+"""Layers of decoder-only models: grouped-query self-attention with and without a cache, feed-forward, both together."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class CausalSelfAttention(nn.Module):  # type: ignore[misc]
 
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
-        self.sizes = {"heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim}
+        self.sizes: dict[str, Any] = {"heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim}
         self.style = c.rope
         width = c.heads * c.head_dim
         self.qkv = Linear(c.hidden_size, width + 2 * c.kv_heads * c.head_dim, bias=c.qkv_bias)

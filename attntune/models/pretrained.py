@@ -1,4 +1,4 @@
-"""Load models from Hugging Face style directories: config.json, model.safetensors, tokenizer.json."""
+"""Load models from Hugging Face style directories (config.json, model.safetensors, tokenizer.json) and GGUF files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,34 @@ from typing import Any
 import numpy as np
 
 from attntune.errors import ModelError
-from attntune.models import bert, vit
+from attntune.models import bert, decoder, gguf, gpt2, llama, vit
+from attntune.models.config import integers
 from attntune.models.model import Model
 
 
 def _load_bert(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory: Path) -> Model:
     config = bert.BertConfig.from_json(fields, pooling=_mean_pooling(directory))
     return bert.build(config, bert.rename(config, tensors), _name(fields, directory))
+
+
+def _load_llama(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory: Path) -> Model:
+    config = llama.config_from_json(fields)
+    weights = llama.rename(config, tensors, tied=llama.is_tied(fields, tensors))
+    name = _name(fields, directory)
+    return decoder.build(config, weights, name, family=fields["model_type"], stop=_stop(fields, directory))
+
+
+def _load_gpt2(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory: Path) -> Model:
+    config = gpt2.config_from_json(fields)
+    weights = gpt2.rename(config, tensors, tied=bool(fields.get("tie_word_embeddings", True)))
+    return decoder.build(config, weights, _name(fields, directory), family="gpt2", stop=_stop(fields, directory))
+
+
+def _stop(fields: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
+    """Tokens that end a text, as the checkpoint's generation config or else its config says."""
+    path = directory / "generation_config.json"
+    asked = json.loads(path.read_text()) if path.is_file() else {}
+    return integers(asked.get("eos_token_id", fields.get("eos_token_id")))
 
 
 def _load_vit(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory: Path) -> Model:
@@ -32,6 +53,8 @@ def _name(fields: Mapping[str, Any], directory: Path) -> str:
 #: Loaders by ``model_type`` of config.json. A new family adds one line.
 LOADERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, np.ndarray], Path], Model]] = {
     "bert": _load_bert,
+    "gpt2": _load_gpt2,
+    **dict.fromkeys(llama.FAMILIES, _load_llama),
     "vit": _load_vit,
 }
 
@@ -40,13 +63,15 @@ def from_pretrained(path: str | Path) -> Model:
     """Load a model from a directory, or from a Hugging Face hub id where there is a network.
 
     Args:
-        path: a directory with ``config.json`` and ``model.safetensors``; or an id such as
+        path: a directory with ``config.json`` and ``model.safetensors``; a ``.gguf`` file; or an id such as
             ``"sentence-transformers/all-MiniLM-L6-v2"``, downloaded with ``huggingface_hub``.
 
     Raises:
         ModelError: when a file or field is missing, or the model family or one of its options is not supported.
     """
     directory = Path(path)
+    if directory.suffix == ".gguf":
+        return gguf.load(directory)
     if not directory.is_dir():
         directory = _download(str(path))
     config_path = directory / "config.json"
@@ -115,6 +140,7 @@ def _download(hub_id: str) -> Path:
         "*.safetensors",
         "*.safetensors.index.json",
         "tokenizer*.json",
+        "generation_config.json",
         "modules.json",
         "1_Pooling/*",
     ]

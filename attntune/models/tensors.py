@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -15,19 +15,27 @@ class Checkpoint:
     Args:
         tensors: by the names of the file.
         source: of the expected shapes, for the error message, e.g. ``config.json``.
+        spelled: from the name that is asked for to the name in the file, where they differ.
     """
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], source: str = "config.json") -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, np.ndarray],
+        source: str = "config.json",
+        spelled: Callable[[str], str] = lambda name: name,
+    ) -> None:
         self._tensors = tensors
+        self._spelled = spelled
         self._source = source
         self._taken: set[str] = set()
         self._problems: list[str] = []
 
     def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+        return self._spelled(name) in self._tensors
 
     def take(self, name: str, *shape: int) -> np.ndarray:
         """The tensor called ``name``, contiguous float32; zeros, and a problem noted, where it does not fit."""
+        name = self._spelled(name)
         self._taken.add(name)
         found = self._tensors.get(name)
         if found is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from attntune.errors import WorkloadError
+from attntune.ops.additive_attention import AdditiveAttention
 from attntune.ops.attention import Attention
 from attntune.ops.embedding import Embedding
 from attntune.ops.embedding_norm import EmbeddingNorm
@@ -14,6 +15,7 @@ from attntune.ops.linear import Linear
 from attntune.ops.mean_pool import MeanPool
 from attntune.ops.patchify import Patchify
 from attntune.ops.prepend_token import PrependToken
+from attntune.ops.recurrent import GRUSequence, LSTMSequence
 from attntune.ops.rms_norm import RMSNorm
 from attntune.ops.rope import Rope
 from attntune.ops.select_rows import SelectRows
@@ -25,11 +27,14 @@ from attntune.ops.workload import TensorSpec, Workload
 REGISTRY: dict[str, type[Workload]] = {
     cls.op: cls
     for cls in (
+        AdditiveAttention,
         ArgMax,
         Attention,
         Embedding,
         EmbeddingNorm,
+        GRUSequence,
         KVAppend,
+        LSTMSequence,
         LayerNorm,
         Linear,
         MeanPool,
@@ -45,11 +50,14 @@ REGISTRY: dict[str, type[Workload]] = {
 
 __all__ = [
     "REGISTRY",
+    "AdditiveAttention",
     "ArgMax",
     "Attention",
     "Embedding",
     "EmbeddingNorm",
+    "GRUSequence",
     "KVAppend",
+    "LSTMSequence",
     "LayerNorm",
     "Linear",
     "MeanPool",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,10 @@ import numpy as np
 from attntune.errors import InputError
 from attntune.measure.buffers import as_array, numpy_dtype
 from attntune.measure.threads import load_runtime
-from attntune.runtime.artifact import ALIGNMENT, LIBRARY, WEIGHTS, Artifact, map_weights, open_artifact
+from attntune.runtime.artifact import LIBRARY, WEIGHTS, Artifact, map_weights, open_artifact
 from attntune.runtime.buckets import Bucket, Piece, Planner, buckets_of
+from attntune.runtime.carried import Carried
+from attntune.runtime.inputs import Padded, aligned_zeros, bucket_shape, check_inputs, fit
 from attntune.runtime.kernel_thread import KERNEL_THREAD, device_tensors
 from attntune.target import Target
 
@@ -64,6 +65,7 @@ class TunedModel:
         library = tvm_ffi.load_module(str((self.folder / LIBRARY).resolve()))
         self._machine = library["vm_load_executable"]()
         self._machine["vm_initialization"](_CPU, 0, _POOLED)
+        self._states: dict[str, Carried] = {}
         self._functions: dict[str, tuple[Any, list[Padded | None]]] = {}
 
     @property
@@ -94,12 +96,15 @@ class TunedModel:
         signature, planner = self.require(entry), self._planners[entry]
         torch_out = any(type(value).__module__.split(".")[0] == "torch" for value in inputs.values())
         arrays, dims = check_inputs(signature["inputs"], inputs, self.manifest["name"])
-        if _carries(signature):
-            fixed = _carried_sizes(signature["inputs"], arrays, dims, self.manifest["name"])
-            pieces: tuple[Piece, ...] = (Piece(0, dims["batch"], planner.choose(dims, fixed)),)
+        carried = None
+        if any(spec.get("carried") for spec in (*signature["inputs"], *signature["outputs"])):
+            # Such a batch is not cut: its rows belong to one state.
+            carried = self._carried(entry, signature, inputs)
+            bucket = planner.choose(dims, carried.sizes)
+            pieces: tuple[Piece, ...] = (Piece(0, dims.get("batch", 1), bucket),)
         else:
             pieces = planner.plan(dims)
-        results = KERNEL_THREAD.run(self.cores, lambda: self._run(entry, signature, arrays, dims, pieces))
+        results = KERNEL_THREAD.run(self.cores, lambda: self._run(entry, signature, arrays, dims, pieces, carried))
         if torch_out:
             import torch
 
@@ -123,7 +128,7 @@ class TunedModel:
         signature = self.require(entry)
         bucket = self._planners[entry].choose({"batch": batch, **dims})
         return {
-            spec["name"]: aligned_zeros(_bucket_shape(spec, bucket), numpy_dtype(spec["dtype"]))
+            spec["name"]: aligned_zeros(bucket_shape(spec, bucket), numpy_dtype(spec["dtype"]))
             for spec in signature["inputs"]
             if spec["name"] in signature.get("updates", {})
         }
@@ -143,6 +148,14 @@ class TunedModel:
         found: Mapping[str, Any] = self.manifest["entries"][entry]
         return found
 
+    def _carried(self, entry: str, signature: Mapping[str, Any], inputs: Mapping[str, Any]) -> Carried:
+        specs = [spec for spec in signature["inputs"] if spec.get("carried")]
+        arrays = [inputs[spec["name"]] for spec in specs]
+        found = self._states.get(entry)
+        if found is None or not found.holds(arrays):
+            found = self._states[entry] = Carried.of(specs, arrays, self.manifest["name"])
+        return found
+
     def _run(
         self,
         entry: str,
@@ -150,12 +163,14 @@ class TunedModel:
         arrays: list[np.ndarray | None],
         dims: Mapping[str, int],
         pieces: tuple[Piece, ...],
+        carried: Carried | None,
     ) -> list[np.ndarray]:
         parts = []
         for piece in pieces:
             function, padded = self._function(piece.bucket, signature["inputs"])
+            states = iter(carried.tensors if carried else ())
             tensors = [
-                _fit(array, spec, piece, dims, buffer)
+                next(states) if buffer is None else fit(array, spec, piece, dims, buffer)
                 for array, spec, buffer in zip(arrays, signature["inputs"], padded, strict=True)
             ]
             out = function(*tensors, *self._weights[entry])
@@ -186,161 +201,8 @@ class TunedModel:
         found = self._functions.get(bucket.function)
         if found is None:
             padded = [
-                None if spec.get("carried") else Padded.zeros(_bucket_shape(spec, bucket), numpy_dtype(spec["dtype"]))
+                None if spec.get("carried") else Padded.zeros(bucket_shape(spec, bucket), numpy_dtype(spec["dtype"]))
                 for spec in specs
             ]
             found = self._functions[bucket.function] = (self._machine[bucket.function], padded)
         return found
-
-
-@dataclass(frozen=True)
-class Padded:
-    """An aligned array as large as a bucket's input, and the tensor over its memory."""
-
-    array: np.ndarray
-    tensor: Any
-
-    @classmethod
-    def zeros(cls, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Padded:
-        """A new one."""
-        array = aligned_zeros(shape, dtype)
-        return cls(array, device_tensors([array])[0])
-
-
-def _bucket_shape(spec: Mapping[str, Any], bucket: Bucket) -> tuple[int, ...]:
-    return tuple(bucket[dim] if isinstance(dim, str) else int(dim) for dim in spec["dims"])
-
-
-def _carries(signature: Mapping[str, Any]) -> bool:
-    """Whether an entry takes or gives what is carried from call to call; such a batch is not cut into pieces."""
-    return any(spec.get("carried") for spec in (*signature["inputs"], *signature["outputs"]))
-
-
-def _carried_sizes(
-    specs: list[Mapping[str, Any]], arrays: list[np.ndarray | None], dims: Mapping[str, int], model: str
-) -> dict[str, int]:
-    """The sizes that carried inputs prescribe for the bucket."""
-    sizes: dict[str, int] = {}
-    for spec, array in zip(specs, arrays, strict=True):
-        if not spec.get("carried") or array is None:
-            continue
-        for axis, dim in enumerate(spec["dims"]):
-            expected = sizes.setdefault(dim, array.shape[axis]) if isinstance(dim, str) else dim
-            if array.shape[axis] != expected or array.shape[axis] < dims.get(dim, 0):
-                raise InputError(
-                    f"{model}: input {spec['name']!r} has shape {array.shape}; expected {_signature(spec)} as "
-                    f"state() or an entry gave it, with {dim} {max(expected, dims.get(dim, 0))}"
-                )
-    return sizes
-
-
-def check_inputs(
-    specs: list[Mapping[str, Any]], inputs: Mapping[str, Any], model: str
-) -> tuple[list[np.ndarray | None], dict[str, int]]:
-    """Inputs as NumPy arrays in the order of ``specs`` (None where left out), and the sizes of symbolic dimensions.
-
-    Raises:
-        InputError: see :meth:`TunedModel.run`.
-    """
-    names = [spec["name"] for spec in specs]
-    if unknown := sorted(set(inputs) - set(names)):
-        raise InputError(f"{model}: unknown inputs {unknown}; expected {names}")
-    dims: dict[str, int] = {}
-    arrays: list[np.ndarray | None] = []
-    for spec in specs:
-        name = spec["name"]
-        value = inputs.get(name)
-        if value is None:
-            if not spec["optional"]:
-                raise InputError(f"{model}: missing input {name!r}; expected {_signature(spec)}")
-            arrays.append(None)
-            continue
-        array = _as_numpy(value, name)
-        wanted = numpy_dtype(spec["dtype"])
-        fits = np.issubdtype(array.dtype, np.integer) if wanted.kind == "i" else array.dtype == wanted
-        if wanted.kind == "i" and array.dtype == np.bool_:
-            fits = True
-        if not fits:
-            raise InputError(f"{model}: input {name!r} has dtype {array.dtype}; expected {_signature(spec)}")
-        if array.ndim != len(spec["dims"]):
-            raise InputError(f"{model}: input {name!r} has shape {array.shape}; expected {_signature(spec)}")
-        for axis, dim in () if spec.get("carried") else enumerate(spec["dims"]):
-            size = array.shape[axis]
-            expected = dims.setdefault(dim, size) if isinstance(dim, str) else dim
-            if size != expected:
-                raise InputError(
-                    f"{model}: input {name!r} has shape {array.shape}; expected axis {axis} ({dim}) to be {expected}"
-                )
-            if size == 0:
-                raise InputError(f"{model}: input {name!r} has shape {array.shape}; expected no empty axis")
-        if spec["upper"] is not None and (int(array.min()) < 0 or int(array.max()) >= spec["upper"]):
-            raise InputError(
-                f"{model}: input {name!r} holds values from {array.min()} to {array.max()}; "
-                f"expected them in [0, {spec['upper']})"
-            )
-        arrays.append(array.astype(wanted, copy=False))
-    return arrays, dims
-
-
-def _signature(spec: Mapping[str, Any]) -> str:
-    return f"{spec['dtype']} ({', '.join(map(str, spec['dims']))})"
-
-
-def _as_numpy(value: Any, name: str) -> np.ndarray:
-    if type(value).__module__.split(".")[0] == "torch":
-        if value.device.type != "cpu":
-            raise InputError(f"input {name!r} is on {value.device}; expected a CPU tensor")
-        return np.asarray(value.detach().numpy())
-    if isinstance(value, np.ndarray):
-        return value
-    if isinstance(value, (list, tuple)):
-        try:
-            return np.asarray(value)
-        except ValueError:
-            raise InputError(f"input {name!r} is ragged; expected rows of equal length") from None
-    raise InputError(f"input {name!r} is a {type(value).__name__}; expected a NumPy array or a torch tensor")
-
-
-def _fit(
-    array: np.ndarray | None, spec: Mapping[str, Any], piece: Piece, dims: Mapping[str, int], padded: Padded | None
-) -> Any:
-    """The rows of ``piece`` as a tensor of its bucket's shape.
-
-    Read in place when they have that shape, lie contiguously at a multiple of 64 bytes, and may be exported (DLPack
-    refuses read-only memory); else copied into ``padded``, with zeros past them.
-    """
-    if padded is None:
-        assert array is not None
-        return _carried(array, spec)
-    rows = array if array is None or spec["dims"][0] != "batch" else array[piece.start : piece.stop]
-    whole = padded.array.shape
-    if rows is not None and rows.shape == whole:
-        if rows.ctypes.data % ALIGNMENT == 0 and rows.flags.c_contiguous and rows.flags.writeable:
-            return device_tensors([rows])[0]
-        np.copyto(padded.array, rows)
-        return padded.tensor
-    inside = tuple(
-        slice(piece.stop - piece.start if dim == "batch" else dims[dim] if isinstance(dim, str) else dim)
-        for dim in spec["dims"]
-    )
-    padded.array.fill(0)
-    padded.array[inside] = spec["fill"] if rows is None else rows
-    return padded.tensor
-
-
-def _carried(array: np.ndarray, spec: Mapping[str, Any]) -> Any:
-    """A carried array as a tensor, read, and perhaps updated, where it is."""
-    if array.ctypes.data % ALIGNMENT or not array.flags.c_contiguous or not array.flags.writeable:
-        raise InputError(
-            f"input {spec['name']!r} is not a contiguous, writable array at a multiple of {ALIGNMENT} bytes; "
-            "expected what state() or an entry gave"
-        )
-    return device_tensors([array])[0]
-
-
-def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """Zeros whose first element lies at a multiple of 64 bytes, as vector loads want."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    raw = np.zeros(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)

@@ -7,6 +7,7 @@ import importlib
 from attntune.errors import ScheduleError, TargetError
 from attntune.ops.workload import Workload
 from attntune.target import Target
+from attntune.templates.cpu.additive_attention import AdditiveAttentionCPU
 from attntune.templates.cpu.attention import AttentionCPU
 from attntune.templates.cpu.attention_bf16 import AttentionBf16CPU
 from attntune.templates.cpu.attention_decode import AttentionDecodeCPU
@@ -17,6 +18,7 @@ from attntune.templates.cpu.linear import LinearCPU
 from attntune.templates.cpu.mean_pool import MeanPoolCPU
 from attntune.templates.cpu.moves import EmbeddingCPU, KVAppendCPU, RopeCPU, SelectRowsCPU
 from attntune.templates.cpu.patches import PatchifyCPU, PrependTokenCPU
+from attntune.templates.cpu.recurrent import GRUSequenceCPU, LSTMSequenceCPU
 from attntune.templates.cpu.rms_norm import RMSNormCPU
 from attntune.templates.cpu.softmax import SoftmaxCPU
 from attntune.templates.cpu.top_k import ArgMaxCPU, TopKCPU
@@ -25,13 +27,16 @@ from attntune.templates.template import Packing, ScheduleTemplate
 #: Every template; of those for one operator and kind of target, the first that supports a workload schedules it. A new
 #: template adds one line here.
 REGISTRY: tuple[ScheduleTemplate, ...] = (
+    AdditiveAttentionCPU(),
     AttentionDecodeCPU(),
     AttentionBf16CPU(),
     AttentionCPU(),
     ArgMaxCPU(),
     EmbeddingCPU(),
     EmbeddingNormCPU(),
+    GRUSequenceCPU(),
     KVAppendCPU(),
+    LSTMSequenceCPU(),
     LayerNormCPU(),
     LinearCPU(),
     MeanPoolCPU(),

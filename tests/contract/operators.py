@@ -14,11 +14,14 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attntune.ops import (
+    AdditiveAttention,
     ArgMax,
     Attention,
     Embedding,
     EmbeddingNorm,
+    GRUSequence,
     KVAppend,
+    LSTMSequence,
     LayerNorm,
     Linear,
     MeanPool,
@@ -264,6 +267,55 @@ def _argmax(w: ArgMax, x):
 def _top_k(w: TopK, x):
     values, indices = x.sort(dim=-1, descending=True, stable=True)
     return values[:, : w.k], indices[:, : w.k]
+
+
+def _recurrent(w, *operands):
+    """One sequence at a time through torch's own layer, its input weights an identity."""
+    import torch
+
+    given = dict(zip((spec.name for spec in w.inputs()), operands, strict=True))
+    wide = w.gates * w.hidden
+    layer = {"gru_sequence": torch.nn.GRU, "lstm_sequence": torch.nn.LSTM}[w.op](wide, w.hidden, batch_first=True)
+    layer = layer.double()
+    outputs = torch.zeros(w.batch, w.seq, w.hidden, dtype=torch.float64)
+    zero = torch.zeros(w.batch, w.hidden, dtype=torch.float64)
+    states = [given.get(f"initial_{name}", zero).clone() for name in w.states]
+    with torch.no_grad():
+        layer.weight_ih_l0.copy_(torch.eye(wide))
+        layer.bias_ih_l0.zero_()
+        layer.weight_hh_l0.copy_(given["recurrent_weight"])
+        layer.bias_hh_l0.copy_(given["recurrent_bias"] if w.bias else torch.zeros(wide))
+        for b in range(w.batch):
+            length = int(given["lengths"][b]) if w.lengths else w.seq
+            if length == 0:
+                continue
+            x = given["projected"][b : b + 1, :length]
+            start = tuple(state[None, b : b + 1].clone() for state in states)
+            y, last = layer(x.flip(1) if w.reverse else x, start if len(start) > 1 else start[0])
+            outputs[b, :length] = (y.flip(1) if w.reverse else y)[0]
+            for state, value in zip(states, last if len(states) > 1 else (last,), strict=True):
+                state[b] = value[0, 0]
+    return (outputs, *states)
+
+
+def _additive_attention(w: AdditiveAttention, *operands):
+    """One query at a time, over the keys it sees."""
+    import torch
+
+    given = dict(zip((spec.name for spec in w.inputs()), operands, strict=True))
+    context, weights = (torch.zeros(spec.shape, dtype=torch.float64) for spec in w.outputs())
+    for b in range(w.batch):
+        seen = [
+            j
+            for j in range(int(given["lengths"][b]) if w.lengths else w.kv_len)
+            if not w.mask or given["mask"][b, j] != 0
+        ]
+        for i in range(w.q_len):
+            energy = torch.tanh(given["query"][b, i] + given["key"][b, seen])
+            share = torch.softmax((energy * given["scale"] if w.scale else energy).sum(-1), dim=0)
+            weights[b, i, seen] = share
+            context[b, i] = share @ given["value"][b, seen]
+    return context, weights
 
 
 _SIZES = st.one_of(st.integers(1, 40), st.sampled_from([47, 61, 64, 96, 100, 127, 128, 131]))
@@ -614,6 +666,84 @@ ROWS: dict[str, Row] = {
         call=({"k": 4}, ((2, 3, 17),), TopK(6, 17, 4)),
         drawn=st.builds(TopK, rows=_FEW, features=st.integers(9, 150), k=_FEW),
         wrong=({"k": 38}, {"k": 0}, {"dtype": "int8"}),
+    ),
+    "gru_sequence": Row(
+        workloads=(
+            GRUSequence(3, 5, 17, lengths=True, initial=True),
+            GRUSequence(1, 1, 1),
+            GRUSequence(1, 7, 64, initial=True),
+            GRUSequence(5, 4, 33, reverse=True, lengths=True, bias=False),
+            GRUSequence(2, 3, 48, reverse=True),
+        ),
+        oracle=_recurrent,
+        call=(
+            {"reverse": True, "lengths": True, "initial": True, "bias": True},
+            ((2, 5, 51), (51, 17), (51,), (2, 17), (2,)),
+            GRUSequence(2, 5, 17, reverse=True, lengths=True, initial=True),
+        ),
+        drawn=st.builds(
+            GRUSequence,
+            batch=_FEW,
+            seq=_FEW,
+            hidden=st.integers(1, 70),
+            reverse=st.booleans(),
+            lengths=st.booleans(),
+            initial=st.booleans(),
+            bias=st.booleans(),
+        ),
+        wrong=({"seq": 0}, {"hidden": -1}, {"dtype": "int8"}),
+    ),
+    "lstm_sequence": Row(
+        workloads=(
+            LSTMSequence(3, 5, 19, lengths=True, initial=True),
+            LSTMSequence(1, 1, 1),
+            LSTMSequence(4, 6, 32, reverse=True, lengths=True, bias=False),
+            LSTMSequence(2, 3, 50, initial=True, reverse=True),
+        ),
+        oracle=_recurrent,
+        call=(
+            {"initial": True, "bias": True},
+            ((2, 68), (68, 17), (68,), (2, 17), (2, 17)),
+            LSTMSequence(2, 1, 17, initial=True),
+        ),
+        drawn=st.builds(
+            LSTMSequence,
+            batch=_FEW,
+            seq=_FEW,
+            hidden=st.integers(1, 70),
+            reverse=st.booleans(),
+            lengths=st.booleans(),
+            initial=st.booleans(),
+            bias=st.booleans(),
+        ),
+        wrong=({"batch": 0}, {"hidden": 1.5}, {"dtype": "float8"}),
+    ),
+    "additive_attention": Row(
+        workloads=(
+            AdditiveAttention(3, 2, 11, 17, 37, lengths=True),
+            AdditiveAttention(1, 1, 1, 1, 1, scale=False),
+            AdditiveAttention(2, 3, 25, 64, 64),
+            AdditiveAttention(4, 1, 40, 47, 100, mask=True, lengths=True),
+            AdditiveAttention(2, 5, 6, 16, 150, scale=False, mask=True),
+        ),
+        oracle=_additive_attention,
+        call=(
+            {"scale": True, "lengths": True},
+            ((2, 17), (2, 5, 17), (2, 5, 9), (17,), (2,)),
+            AdditiveAttention(2, 1, 5, 17, 9, lengths=True),
+        ),
+        drawn=st.builds(
+            AdditiveAttention,
+            batch=_FEW,
+            q_len=_FEW,
+            kv_len=st.integers(1, 40),
+            dim=_SIZES,
+            features=_SIZES,
+            scale=st.booleans(),
+            mask=st.booleans(),
+            lengths=st.booleans(),
+        ),
+        wrong=({"q_len": 0}, {"dim": True}, {"dtype": "int64"}),
     ),
 }
 

@@ -81,16 +81,16 @@ def test_torch_in_torch_out_shares_memory(tuned_minilm, minilm):
 
 def test_inputs_are_read_in_place(tuned_minilm, minilm):
     from attntune.runtime.buckets import Bucket, Piece
-    from attntune.runtime.tuned_model import Padded, _fit, aligned_zeros
+    from attntune.runtime.inputs import Padded, aligned_zeros, fit
 
     spec = {"name": "input_ids", "dims": ["batch", "seq"], "dtype": "int64", "fill": 0}
     ids = aligned_zeros((8, 128), np.dtype("int64"))
     piece = Piece(0, 8, Bucket((("batch", 8), ("seq", 128)), "f", 1.0))
     buffer = Padded.zeros((8, 128), np.dtype("int64"))
     dims = {"batch": 8, "seq": 128}
-    assert np.shares_memory(np.from_dlpack(_fit(ids, spec, piece, dims, buffer)), ids)
+    assert np.shares_memory(np.from_dlpack(fit(ids, spec, piece, dims, buffer)), ids)
     ids.flags.writeable = False
-    assert np.shares_memory(np.from_dlpack(_fit(ids, spec, piece, dims, buffer)), buffer.array)
+    assert np.shares_memory(np.from_dlpack(fit(ids, spec, piece, dims, buffer)), buffer.array)
 
 
 def test_results_do_not_change_under_a_later_call(tuned_minilm, minilm):

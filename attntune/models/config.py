@@ -1,0 +1,34 @@
+"""What the readers of model configurations share: fields that must be there, and errors that name one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attntune.errors import ModelError
+
+
+def require_fields(fields: Mapping[str, Any], family: str, *names: str, source: str = "config.json") -> None:
+    """Raise :class:`ModelError` naming those of ``names`` that ``fields`` lacks."""
+    if missing := [name for name in names if fields.get(name) is None]:
+        raise ModelError(f"{source} of a {family} model lacks {missing}")
+
+
+def unsupported(field: str, value: object, expected: object, source: str = "config.json") -> ModelError:
+    """The error for a field that asks for something that is not supported."""
+    return ModelError(f"{source}: {field} {value!r} is not supported; expected {expected!r}")
+
+
+def choose(fields: Mapping[str, Any], field: str, known: Mapping[str, str]) -> str:
+    """What ``known`` says of the field's value; raises :class:`ModelError` naming the field and what is supported."""
+    value = fields[field]
+    if value not in known:
+        raise ModelError(f"config.json: {field} {value!r} is not supported; expected one of {sorted(known)}")
+    return known[value]
+
+
+def integers(value: Any) -> tuple[int, ...]:
+    """None, one integer or several, as a tuple."""
+    if value is None:
+        return ()
+    return tuple(int(each) for each in value) if isinstance(value, list) else (int(value),)

@@ -1,0 +1,139 @@
+"""GGUF files (llama.cpp): Llama decoders, dequantised, with their tokenizer and chat template."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attntune.errors import ModelError
+from attntune.models import decoder, llama
+from attntune.models.config import require_fields, unsupported
+from attntune.models.gguf_tokenizer import tokenizer_files
+from attntune.models.model import Model
+
+#: Name of a part of a layer at Hugging Face → in a GGUF file.
+_PARTS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+_WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+#: Keeps what was unpacked for models that are loaded until the process ends.
+_unpacked: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def load(path: Path) -> Model:
+    """The model of a GGUF file, in float32.
+
+    Llama's queries and keys stay as the file has them, in the order of interleaved rotary embedding. The tokenizer and
+    the chat template are written to a temporary directory, the model's ``directory``, in Hugging Face's formats.
+
+    Raises:
+        ModelError: the file is absent or damaged, or its architecture, an option or a tensor is not supported.
+    """
+    fields, tensors = read(path)
+    config = config_from_metadata(fields, path.name)
+    if "rope_freqs.weight" in tensors:
+        raise ModelError(f"{path.name}: tensor rope_freqs.weight (scaled rotary embedding) is not supported")
+    weights = llama.rename(
+        config, tensors, tied="output.weight" not in tensors, source=f"the metadata of {path.name}", spelled=_spelled
+    )
+    stop = [fields[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in fields]
+    model = decoder.build(config, weights, path.stem, family="llama", stop=tuple(dict.fromkeys(map(int, stop))))
+    folder = tempfile.TemporaryDirectory(prefix="attntune-gguf-")
+    _unpacked.append(folder)
+    for name, content in tokenizer_files(fields, path.name).items():
+        (Path(folder.name) / name).write_text(json.dumps(content, ensure_ascii=False))
+    model.directory = Path(folder.name)
+    return model
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Metadata by key, and every tensor in float32 by name.
+
+    Raises:
+        ModelError: the file is absent or damaged, or the ``gguf`` package is missing.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise ModelError("reading a GGUF file needs the gguf package: pip install 'attntune[models]'") from None
+    if not path.is_file():
+        raise ModelError(f"expected a GGUF file at {path}, which does not exist")
+    try:
+        reader = gguf.GGUFReader(str(path))
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {
+            tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tuple(tensor.shape)[::-1])
+            for tensor in reader.tensors
+        }
+    except (ValueError, IndexError, KeyError, OSError, NotImplementedError) as error:
+        raise ModelError(f"{path} is not a GGUF file that can be read: {error}") from None
+    return fields, tensors
+
+
+def config_from_metadata(fields: Mapping[str, Any], source: str) -> decoder.DecoderConfig:
+    """Check a file's metadata and take what is needed of it.
+
+    Raises:
+        ModelError: naming the field that is missing or asks for something unsupported.
+    """
+    architecture = fields.get("general.architecture")
+    if architecture != "llama":
+        raise unsupported("general.architecture", architecture, "llama", source)
+    given = {name.removeprefix("llama."): value for name, value in fields.items() if name.startswith("llama.")}
+    require_fields(
+        given, "llama", "block_count", "context_length", "embedding_length", "feed_forward_length",
+        "attention.head_count", "attention.layer_norm_rms_epsilon", source=source,
+    )  # fmt: skip
+    scaling = given.get("rope.scaling.type", "none")
+    if scaling != "none":
+        raise unsupported("llama.rope.scaling.type", scaling, "none", source)
+    if given.get("expert_count", 0):
+        raise unsupported("llama.expert_count", given["expert_count"], 0, source)
+    hidden, heads = given["embedding_length"], given["attention.head_count"]
+    head_dim = given.get("attention.key_length", hidden // heads)
+    if given.get("attention.value_length", head_dim) != head_dim:
+        raise unsupported("llama.attention.value_length", given["attention.value_length"], head_dim, source)
+    if given.get("rope.dimension_count", head_dim) != head_dim:
+        raise unsupported("llama.rope.dimension_count", given["rope.dimension_count"], head_dim, source)
+    kv_heads = given.get("attention.head_count_kv", heads)
+    if not isinstance(kv_heads, int) or heads % kv_heads:
+        raise unsupported("llama.attention.head_count_kv", kv_heads, f"a divisor of head_count {heads}", source)
+    preset = llama.PRESETS["smollm2-135m"]
+    return dataclasses.replace(
+        preset,
+        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        hidden_size=hidden,
+        num_layers=given["block_count"],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        inner=given["feed_forward_length"],
+        positions=given["context_length"],
+        eps=float(given["attention.layer_norm_rms_epsilon"]),
+        rope="interleaved",
+        rope_theta=float(given.get("rope.freq_base", 10000.0)),
+    )
+
+
+def _spelled(name: str) -> str:
+    """Hugging Face's name of a tensor as a GGUF file has it."""
+    stem, _, kind = name.rpartition(".")
+    if found := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem):
+        return f"blk.{found[1]}.{_PARTS[found[2]]}.{kind}"
+    return f"{_WHOLE[stem]}.{kind}"

@@ -1,0 +1,102 @@
+"""The plain loops of a recurrent layer: position by position, unit by unit, lanes along the units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attntune.ops.recurrent import Recurrent
+
+_LANES = 16
+
+
+def recurrence(w: Recurrent, operand: Mapping[str, Any]) -> Any:
+    """The body of a TE ``extern`` stage over buffers by name; states live in the results."""
+    from tvm import tirx
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.tirx.script.builder import ir as T
+
+    zero = tirx.const(0.0, "float32")
+    outputs, weight, x = operand["outputs"], operand["recurrent_weight"], operand["projected"]
+    states = [operand[name] for name in w.states]
+    with IRBuilder() as builder, T.sblock("recurrence"):
+        T.reads()
+        T.writes()
+        sums = T.sblock_alloc_buffer((w.gates, w.hidden), "float32")
+        with T.serial(w.batch) as b:
+            for name, state in zip(w.states, states, strict=True):
+                start = operand.get(f"initial_{name}")
+                along(w.hidden, _LANES, lambda j, s=state, i=start: T.buffer_store(s, zero if i is None else i[b, j],
+                                                                                   [b, j]))  # fmt: skip
+            length = ending(w, operand, b)
+
+            def step(s: Any, b: Any = b, length: Any = length) -> None:
+                at = length - 1 - s if w.reverse else s
+                for gate in range(w.gates):
+                    _products(w, sums, gate, weight, states[0], b, operand.get("recurrent_bias"))
+
+                def unit(j: Any) -> None:
+                    fresh = updated(w, [x[b, at, g * w.hidden + j] for g in range(w.gates)],
+                                    [sums[g, j] for g in range(w.gates)], [state[b, j] for state in states])  # fmt: skip
+                    # The output first: its expression still reads the cell's old value.
+                    for state, value in zip(states, fresh, strict=True):
+                        T.buffer_store(state, value, [b, j])
+                    T.buffer_store(outputs, states[0][b, j], [b, at, j])
+
+                along(w.hidden, _LANES, unit)
+
+            with T.serial(w.seq) as s:
+                if not w.lengths:
+                    step(s)
+                else:
+                    with T.If(s < length):
+                        with T.Then():
+                            step(s)
+                        with T.Else():
+                            along(w.hidden, _LANES, lambda j: T.buffer_store(outputs, zero, [b, s, j]))
+    return builder.get()
+
+
+def ending(w: Recurrent, operand: Mapping[str, Any], row: Any) -> Any:
+    """How many positions sequence ``row`` has, int32."""
+    from tvm import tirx
+
+    if not w.lengths:
+        return tirx.const(w.seq, "int32")
+    return tirx.max(tirx.min(operand["lengths"][row], tirx.const(w.seq, "int32")), tirx.const(0, "int32"))
+
+
+def updated(w: Recurrent, gates: list[Any], sums: list[Any], states: list[Any]) -> list[Any]:
+    """:meth:`Recurrent.update` on scalar expressions."""
+    from attntune.ops import math as tmath
+
+    return w.update(gates, sums, states, tmath)
+
+
+def along(extent: int, lanes: int, body: Callable[[Any], None]) -> None:
+    """``body(j)`` for each j below ``extent``: whole vectors of ``lanes``, then vectors of the powers of two left."""
+    from tvm.tirx.script.builder import ir as T
+
+    start, width = 0, lanes
+    while start < extent:
+        count = (extent - start) // width
+        if count and width == 1:
+            body(start)
+        elif count:
+            with T.serial(count) as outer, T.vectorized(width) as lane:
+                body(start + outer * width + lane)
+        start += count * width
+        width //= 2
+
+
+def _products(w: Recurrent, sums: Any, gate: int, weight: Any, state: Any, b: Any, bias: Any) -> None:
+    from tvm import tirx
+    from tvm.tirx.script.builder import ir as T
+
+    row = gate * w.hidden
+    start = (lambda j: bias[row + j]) if bias is not None else (lambda j: tirx.const(0.0, "float32"))
+    along(w.hidden, _LANES, lambda j: T.buffer_store(sums, start(j), [gate, j]))
+    with T.serial(w.hidden) as k:
+        along(w.hidden, _LANES, lambda j: T.buffer_store(
+            sums, sums[gate, j] + weight[row + j, k] * state[b, k], [gate, j]))  # fmt: skip
