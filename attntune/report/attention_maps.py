@@ -1,7 +1,8 @@
 """Attention weights drawn with the real tokens: a self-contained HTML page, or a PNG.
 
 The page shows every head of every layer; one is enlarged, with what each token attends to. The picture shows the mean
-of all heads with the tokens on its axes, a grid of heads by layer, and, for a chosen token, what it attends to. For an encoder-decoder the weights from targets to sources are the alignment (Bahdanau et al., 2014, figure 3).
+of all heads with the tokens on its axes, a grid of heads by layer, and, for a chosen token, what it attends to. For an
+encoder-decoder the weights from targets to sources are the alignment (Bahdanau et al., 2014, figure 3).
 """
 
 from __future__ import annotations

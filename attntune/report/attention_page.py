@@ -34,12 +34,12 @@ thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: lef
 <section id="map-{{ loop.index0 }}">
 <h2>{{ section.name }}: {{ section.layers }} layers of {{ section.heads }} heads</h2>
 <div class="tokens queries"><b>from</b>
-{% for token in section.queries %}
+{% for token in section['queries'] %}
 <span data-at="{{ loop.index0 }}">{{ token }}</span>
 {% endfor %}
 </div>
 <div class="tokens keys"><b>to</b>
-{% for token in section.keys %}
+{% for token in section['keys'] %}
 <span data-at="{{ loop.index0 }}">{{ token }}</span>
 {% endfor %}
 </div>
