@@ -165,6 +165,7 @@ def page(maps: Sequence[AttentionMap], *, title: str = "", query: int | None = N
                 "heads": heads,
                 "queries": [_plain_mark(token) for token in found.queries],
                 "keys": [_plain_mark(token) for token in found.keys],
+                "special": [_is_special(token) for token in found.keys],
                 "selected": query if query is not None and not sections else 0,
                 "weights": base64.b64encode(steps.tobytes()).decode("ascii"),
             }
@@ -180,15 +181,15 @@ def _draw(found: AttentionMap, path: Path, title: str, query: int | None) -> Non
 
     layers, heads = found.weights.shape[:2]
     single = layers * heads == 1
-    queries, keys = ([_plain_mark(token) for token in side] for side in (found.queries, found.keys))
-    side = min(max(3.2, 0.27 * max(len(queries), len(keys)) + 1.2), 14.0)
+    queries = [_plain_mark(token) for token in found.queries]
+    side = min(max(3.2, 0.27 * max(len(queries), len(found.keys)) + 1.2), 14.0)
     grid_width = 0.0 if single else max(3.2, 0.55 * heads)
     below = 0.0 if query is None or single else 0.26 * layers + 1.5
     with picture(path, (side + grid_width, side + below)) as figure:
         outer = figure.add_gridspec(2 if below else 1, 1, height_ratios=(side, below) if below else None)
         upper = outer[0].subgridspec(1, 1 if single else 2, width_ratios=None if single else (side, grid_width))
         axes = figure.add_subplot(upper[0])
-        _labelled(axes, found.mean, queries, keys)
+        _labelled(axes, found.mean, queries, found.keys)
         axes.set_title(KINDS[found.kind] if single else f"{KINDS[found.kind]}, mean of all heads")
         if not single:
             cells = upper[1].subgridspec(layers, heads, wspace=0.05, hspace=0.05).subplots(squeeze=False)
@@ -196,15 +197,18 @@ def _draw(found: AttentionMap, path: Path, title: str, query: int | None) -> Non
         if below and query is not None:
             axes = figure.add_subplot(outer[1])
             rows = found.weights[:, :, query].mean(axis=1)
-            _labelled(axes, rows, [f"layer {layer}" for layer in range(layers)], keys)
+            _labelled(axes, rows, [f"layer {layer}" for layer in range(layers)], found.keys)
             axes.set_title(f"what “{queries[query]}” attends to, mean of each layer's heads")
         if title:
             figure.suptitle(title, x=0.01, ha="left")
 
 
-def _labelled(axes: Any, weights: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> None:
-    axes.imshow(weights, cmap="Blues", vmin=0.0, vmax=max(float(weights.max()), 1e-6), aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, rotation=90)
+def _labelled(axes: Any, weights: np.ndarray, rows: Sequence[str], keys: Sequence[str]) -> None:
+    """Darkest at the largest weight of a token that is not special: those take most, and would pale all others."""
+    shown = weights[:, [not _is_special(key) for key in keys]]
+    top = max(float((shown if shown.size else weights).max()), 1e-6)
+    axes.imshow(weights, cmap="Blues", vmin=0.0, vmax=top, aspect="auto")
+    axes.set_xticks(range(len(keys)), [_plain_mark(key) for key in keys], rotation=90)
     axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0, labelsize=8)
     axes.grid(False)

@@ -29,7 +29,8 @@ thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: lef
 </head>
 <body>
 <h1>{{ title }}</h1>
-<p>Choose a head in the grid, or the mean of all; choose a token to see what it attends to. Darker is more.</p>
+<p>Choose a head in the grid, or the mean of all; choose a token to see what it attends to. Darker is more, up to the
+largest weight of a token that is not special.</p>
 {% for section in sections %}
 <section id="map-{{ loop.index0 }}">
 <h2>{{ section.name }}: {{ section.layers }} layers of {{ section.heads }} heads</h2>
@@ -50,7 +51,7 @@ thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: lef
 <script>
 "use strict";
 const maps = {{ data|safe }};
-const shade = (weight, top) => `rgba(0, 114, 178, ${top ? weight / top : 0})`;
+const shade = (weight, top) => `rgba(0, 114, 178, ${top ? Math.min(weight / top, 1) : 0})`;
 const element = (name, text) => { const made = document.createElement(name); made.textContent = text; return made; };
 maps.forEach((map, number) => {
   const section = document.getElementById(`map-${number}`);
@@ -99,14 +100,18 @@ maps.forEach((map, number) => {
   });
   const froms = section.querySelectorAll(".queries span"), tos = section.querySelectorAll(".keys span");
   froms.forEach((span, i) => { span.onclick = () => { query = i; show(); }; });
+  const most = (values) => {
+    const plain = values.filter((_, i) => !map.special[i % columns]);
+    return Math.max(...(plain.length ? plain : values));
+  };
   function show() {
-    const values = weights(), top = Math.max(...values);
+    const values = weights(), top = most(values);
     cells.forEach((cell, i) => {
       cell.style.background = shade(values[i], top);
       cell.title = `${map.queries[Math.floor(i / columns)]} → ${map.keys[i % columns]}: ${values[i].toFixed(3)}`;
     });
-    const row = values.subarray(query * columns, (query + 1) * columns), most = Math.max(...row);
-    tos.forEach((span, j) => { span.style.background = shade(row[j], most); span.title = row[j].toFixed(3); });
+    const row = values.subarray(query * columns, (query + 1) * columns), darkest = most(row);
+    tos.forEach((span, j) => { span.style.background = shade(row[j], darkest); span.title = row[j].toFixed(3); });
     froms.forEach((span, i) => span.classList.toggle("selected", i === query));
     labels.forEach((label, i) => label.classList.toggle("selected", i === query));
     canvases.forEach(([h, made]) => made.classList.toggle("selected", h === chosen));
