@@ -19,6 +19,7 @@ from attntune.models.model import Model, bind
 from attntune.models.precision import at_precision, supported
 from attntune.ops import TensorSpec, Workload
 from attntune.runtime.artifact import LIBRARY, WEIGHTS, Artifact, seal, write_weights
+from attntune.runtime.vocabulary import VOCABULARY
 from attntune.target import Target
 
 #: What a call costs beside its arithmetic, in floating-point operations: about 0.2 ms of a small machine. Keeps the
@@ -103,6 +104,8 @@ def compile(
         index = write_weights(folder / WEIGHTS, packed)
         if model.directory is not None and (model.directory / "tokenizer.json").is_file():
             shutil.copyfile(model.directory / "tokenizer.json", folder / "tokenizer.json")
+        if model.vocabulary is not None:
+            (folder / VOCABULARY).write_text(json.dumps(model.vocabulary, ensure_ascii=False), encoding="utf-8")
         artifact = seal(folder, _manifest(model, target, kernels, rows, index, chosen))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -159,3 +159,25 @@ class PatchEmbedding(nn.Module):  # type: ignore[misc]
     def forward(self, images: Any) -> Any:
         """Images (batch, channels, height, width) → (batch, 1 + patches, hidden)."""
         return op.prepend_token(self.projection(op.patchify(images, patch=self.patch)), self.token, self.position)
+
+
+class GRU(nn.Module):  # type: ignore[misc]
+    """Gated recurrent units (Cho et al., 2014): the inputs' products for all positions at once, then the recurrence."""
+
+    def __init__(self, features: int, hidden: int, *, reverse: bool = False, dtype: str = "float32") -> None:
+        super().__init__()
+        self.input = Linear(features, 3 * hidden, dtype=dtype)
+        self.recurrent_weight = nn.Parameter((3 * hidden, hidden), dtype)
+        self.recurrent_bias = nn.Parameter((3 * hidden,), dtype)
+        self.reverse = reverse
+
+    def forward(self, x: Any, state: Any | None = None, lengths: Any | None = None) -> tuple[Any, Any]:
+        """X (batch, seq, features), state (batch, hidden) → outputs (batch, seq, hidden), last state."""
+        return op.gru_sequence(
+            self.input(x), self.recurrent_weight, self.recurrent_bias, state=state, lengths=lengths,
+            reverse=self.reverse,
+        )  # fmt: skip
+
+    def step(self, x: Any, state: Any) -> Any:
+        """X (batch, 1, features), state (batch, hidden) → the next state."""
+        return op.gru_cell(self.input(x, squeeze=True), self.recurrent_weight, self.recurrent_bias, state)

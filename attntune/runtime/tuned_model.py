@@ -102,6 +102,7 @@ class TunedModel:
             carried = self._carried(entry, signature, inputs)
             bucket = planner.choose(dims, carried.sizes)
             pieces: tuple[Piece, ...] = (Piece(0, dims.get("batch", 1), bucket),)
+            dims = {**carried.sizes, **dims}
         else:
             pieces = planner.plan(dims)
         results = KERNEL_THREAD.run(self.cores, lambda: self._run(entry, signature, arrays, dims, pieces, carried))

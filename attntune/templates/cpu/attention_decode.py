@@ -20,6 +20,7 @@ from attntune.ops.attention_expression import conditions, modified
 from attntune.ops.workload import Workload
 from attntune.search.space import Config, ConfigSpace, Knob
 from attntune.target import Target
+from attntune.templates.cpu import bf16
 from attntune.templates.cpu.vectors import Vectors
 from attntune.templates.template import ScheduleTemplate
 
@@ -35,9 +36,9 @@ class AttentionDecodeCPU(ScheduleTemplate):
     kind: ClassVar[str] = "cpu"
 
     def supports(self, workload: Workload, target: Target) -> bool:
-        """Float32; up to four queries a sequence; keys and values of their own, with or without lengths."""
+        """Up to four queries a sequence; keys and values of their own, with or without lengths; float32 or bfloat16."""
         w = _attention(workload)
-        plain = w.dtype == "float32" and not (w.packed or w.ragged or w.weights) and w.lengths != "qkv"
+        plain = w.dtype in ("float32", "bfloat16") and not (w.packed or w.ragged or w.weights) and w.lengths != "qkv"
         return plain and w.q_len <= MAX_QUERIES and w.q_len * (w.heads // w.kv_heads) <= MAX_ROWS
 
     def space(self, workload: Workload, target: Target) -> ConfigSpace:
@@ -122,6 +123,9 @@ class _Decode:
                 spec.name: T.arg(spec.name, T.buffer(spec.shape, spec.dtype)) for spec in (*w.inputs(), *w.outputs())
             }
             with T.sblock("root"):
+                for spec in w.inputs():
+                    if spec.dtype == "bfloat16":
+                        self.operand[spec.name] = bf16.Widened(self.operand[spec.name])
                 pairs = w.batch * w.kv_heads
                 # What each split found: weighted sums, and (maximum, sum) of each row.
                 self.part = T.sblock_alloc_buffer((pairs * splits, self.padded_rows, self.dims * self.lanes), "float32")
@@ -316,7 +320,10 @@ class _Decode:
             inverse = T.bind(tirx.const(1.0, "float32") / T.max(best[1], tirx.const(1e-30, "float32")))
             head, i = kv_head * self.group + r // w.q_len, r % w.q_len
             with T.serial(w.head_dim) as d:
-                T.buffer_store(self.operand["out"], acc[0, d] * inverse, self._at(b, head, i, d))
+                element = acc[0, d] * inverse
+                if w.dtype != "float32":
+                    element = tirx.Cast(w.dtype, element)
+                T.buffer_store(self.operand["out"], element, self._at(b, head, i, d))
 
 
 def _attention(workload: Workload) -> Attention:
