@@ -351,6 +351,7 @@ def _manifest(
             }
             for name in entries
         },
+        "left_out": [name for name in model.entries if name not in set(entries)],
         "buckets": rows,
         "kernels": [kernel.to_json() for kernel in kernels.values()],
         "weights": dict(weights),

@@ -66,7 +66,7 @@ class RMSNorm(nn.Module):  # type: ignore[misc]
 
 
 def attention(*operands: Any, maps: list[Any] | None = None, **options: Any) -> Any:
-    """:func:`operators.attention`; its weights (batch, heads, q_len, kv_len) join ``maps`` where there is such a list."""
+    """:func:`operators.attention`; its weights (batch, heads, q_len, kv_len) join ``maps`` if it is a list."""
     if maps is None:
         return op.attention(*operands, **options)
     context, weights = op.attention(*operands, weights=True, **options)
@@ -86,7 +86,7 @@ class SelfAttention(nn.Module):  # type: ignore[misc]
     def forward(
         self, x: Any, mask: Any | None, residual: Any, maps: list[Any] | None = None, row: int | None = None
     ) -> Any:
-        """X and residual (batch, seq, hidden), mask (batch, seq) → (batch, seq, hidden), or one ``row`` (batch, hidden).
+        """X and residual (batch, seq, hidden), mask (batch, seq) → (batch, seq, hidden), or a ``row`` (batch, hidden).
 
         ``maps`` collects the attention weights, see :func:`attention`.
         """
