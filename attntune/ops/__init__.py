@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from attntune.errors import WorkloadError
+from attntune.ops.add_positions import AddPositions
 from attntune.ops.attention import Attention
 from attntune.ops.embedding import Embedding
 from attntune.ops.embedding_norm import EmbeddingNorm
@@ -26,6 +27,7 @@ from attntune.ops.workload import TensorSpec, Workload
 REGISTRY: dict[str, type[Workload]] = {
     cls.op: cls
     for cls in (
+        AddPositions,
         ArgMax,
         Attention,
         Embedding,
@@ -47,6 +49,7 @@ REGISTRY: dict[str, type[Workload]] = {
 
 __all__ = [
     "REGISTRY",
+    "AddPositions",
     "ArgMax",
     "Attention",
     "Embedding",

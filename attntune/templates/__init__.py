@@ -16,7 +16,7 @@ from attntune.templates.cpu.layer_norm import LayerNormCPU
 from attntune.templates.cpu.linear import LinearCPU
 from attntune.templates.cpu.mean_pool import MeanPoolCPU
 from attntune.templates.cpu.moves import EmbeddingCPU, KVAppendCPU, RopeCPU, SelectRowsCPU
-from attntune.templates.cpu.patches import PatchifyCPU, PrependTokenCPU, UnfoldCPU
+from attntune.templates.cpu.patches import AddPositionsCPU, PatchifyCPU, PrependTokenCPU, UnfoldCPU
 from attntune.templates.cpu.rms_norm import RMSNormCPU
 from attntune.templates.cpu.softmax import SoftmaxCPU
 from attntune.templates.cpu.top_k import ArgMaxCPU, TopKCPU
@@ -28,6 +28,7 @@ REGISTRY: tuple[ScheduleTemplate, ...] = (
     AttentionDecodeCPU(),
     AttentionBf16CPU(),
     AttentionCPU(),
+    AddPositionsCPU(),
     ArgMaxCPU(),
     EmbeddingCPU(),
     EmbeddingNormCPU(),
