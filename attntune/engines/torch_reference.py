@@ -136,6 +136,11 @@ def _unfold(call: OpCall) -> Step:
     return step
 
 
+@makes("add_positions")
+def _add_positions(call: OpCall) -> Step:
+    return lambda _, x, position: x + position[: x.shape[1]]
+
+
 @makes("prepend_token")
 def _prepend_token(call: OpCall) -> Step:
     import torch

@@ -167,6 +167,14 @@ def unfold(builder: GraphBuilder, call: OpCall) -> str:
     return builder.node("Concat", *slices, axis=-1)
 
 
+@emits("add_positions")
+def add_positions(builder: GraphBuilder, call: OpCall) -> str:
+    """``x + position[0..seq)``."""
+    x, position = call.args
+    rows = builder.node("Slice", position, builder.ints(0), builder.dim(x, 1), builder.ints(0))
+    return builder.node("Add", x, rows)
+
+
 @emits("prepend_token")
 def prepend_token(builder: GraphBuilder, call: OpCall) -> str:
     """``concat(token, x) + position``."""

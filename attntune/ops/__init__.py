@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from attntune.errors import WorkloadError
+from attntune.ops.add_positions import AddPositions
 from attntune.ops.additive_attention import AdditiveAttention
 from attntune.ops.attention import Attention
 from attntune.ops.embedding import Embedding
@@ -29,6 +30,7 @@ REGISTRY: dict[str, type[Workload]] = {
     cls.op: cls
     for cls in (
         AdditiveAttention,
+        AddPositions,
         ArgMax,
         Attention,
         Embedding,
@@ -52,6 +54,7 @@ REGISTRY: dict[str, type[Workload]] = {
 
 __all__ = [
     "REGISTRY",
+    "AddPositions",
     "AdditiveAttention",
     "ArgMax",
     "Attention",

@@ -1,6 +1,7 @@
 """Windows of a sequence, each a row: what a one-dimensional convolution multiplies by its weight.
 
-Source: a convolution as one matrix product, Chellapilla et al., "High Performance Convolutional Neural Networks" (2006).
+A convolution as one matrix product: Chellapilla et al., "High Performance Convolutional Neural Networks for Document
+Processing" (2006).
 """
 
 from __future__ import annotations

@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 
 from attntune.ops import (
     AdditiveAttention,
+    AddPositions,
     ArgMax,
     Attention,
     Embedding,
     EmbeddingNorm,
     GRUSequence,
     KVAppend,
-    LSTMSequence,
     LayerNorm,
     Linear,
+    LSTMSequence,
     MeanPool,
     Patchify,
     PrependToken,
@@ -209,6 +210,10 @@ def _unfold(w: Unfold, x):
     x = x if w.layout == "bcl" else x.transpose(1, 2)
     windows = F.unfold(x[:, :, None, :], (1, w.kernel), stride=(1, w.stride), padding=(0, w.padding))
     return windows.reshape(w.batch, w.channels, w.kernel, w.steps).permute(0, 3, 2, 1).flatten(2)
+
+
+def _add_positions(w: AddPositions, x, position):
+    return x + position[: w.seq].expand_as(x)
 
 
 def _prepend_token(w: PrependToken, x, token, position):
@@ -604,6 +609,18 @@ ROWS: dict[str, Row] = {
             layout=st.sampled_from(("blc", "bcl")),
         ),
         wrong=({"kernel": 16}, {"stride": 0}, {"padding": -1}, {"layout": "lbc"}),
+    ),
+    "add_positions": Row(
+        workloads=(
+            AddPositions(2, 7, 37),
+            AddPositions(1, 1, 1),
+            AddPositions(3, 5, 64, positions=9),
+            AddPositions(1, 6, 33, dtype="bfloat16", out_dtype="float32"),
+        ),
+        oracle=_add_positions,
+        call=({}, ((2, 7, 37), (9, 37)), AddPositions(2, 7, 37, positions=9)),
+        drawn=st.builds(AddPositions, batch=st.integers(1, 3), seq=st.integers(1, 20), features=st.integers(1, 70)),
+        wrong=({"positions": 3}, {"features": 0}, {"dtype": "int8"}),
     ),
     "prepend_token": Row(
         workloads=(

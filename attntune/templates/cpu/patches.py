@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from attntune.ops.add_positions import AddPositions
 from attntune.ops.patchify import Patchify
 from attntune.ops.prepend_token import PrependToken
 from attntune.ops.unfold import Unfold
@@ -105,3 +106,26 @@ class UnfoldCPU(MoveTemplate):
                             elements.store(operands["y"], [b, t, k * w.channels + c], value, 1)
                 with T.Else():
                     elements.along(w.channels, zero)
+
+
+class AddPositionsCPU(MoveTemplate):
+    """One row a position of a sequence."""
+
+    op: ClassVar[str] = "add_positions"
+
+    def rows(self, workload: Workload) -> int:
+        """Positions of all sequences."""
+        assert isinstance(workload, AddPositions), f"expected an AddPositions workload, got {workload}"
+        return workload.batch * workload.seq
+
+    def row(self, workload: Workload, elements: Elements, operands: Operands, row: Any) -> None:
+        """X plus the position's embedding."""
+        assert isinstance(workload, AddPositions)
+        b, i = row // workload.seq, row % workload.seq
+
+        def move(column: Any, width: int) -> None:
+            value = elements.load(operands["x"], [b, i, column], width)
+            value = value + elements.load(operands["position"], [i, column], width)
+            elements.store(operands["y"], [b, i, column], value, width)
+
+        elements.along(workload.features, move)
