@@ -34,14 +34,16 @@ class _Operands:
     """Values whose axis 1 is q_len and kv_len; the same for packed operands, so masks are shared between layers."""
 
 
-def attention(builder: GraphBuilder, call: OpCall) -> str:
-    """Scaled dot-product attention, in the builder's style."""
+def attention(builder: GraphBuilder, call: OpCall) -> str | tuple[str, ...]:
+    """Scaled dot-product attention, in the builder's style; decomposed where its weights are asked for."""
     operands = _operands(builder, call)
+    if call.attrs.get("weights"):
+        return _decomposed(builder, call, operands)
     if builder.attention == "standard":
         return _standard(builder, call, operands)
     if builder.attention == "onnxruntime" and call.attrs["heads"] == call.attrs["kv_heads"]:
         return _onnxruntime(builder, call, operands)
-    return _decomposed(builder, call, operands)
+    return _decomposed(builder, call, operands)[0]
 
 
 def _operands(builder: GraphBuilder, call: OpCall) -> _Operands:
@@ -127,7 +129,8 @@ def _scale(call: OpCall) -> float:
     return float(scale) if scale is not None else 1.0 / math.sqrt(call.attrs["head_dim"])
 
 
-def _decomposed(builder: GraphBuilder, call: OpCall, operands: _Operands) -> str:
+def _decomposed(builder: GraphBuilder, call: OpCall, operands: _Operands) -> tuple[str, ...]:
+    """The result, and the weights where they are asked for."""
     attrs, dtype = call.attrs, call.result_dtype
     heads, kv_heads, head_dim = attrs["heads"], attrs["kv_heads"], attrs["head_dim"]
 
@@ -148,11 +151,15 @@ def _decomposed(builder: GraphBuilder, call: OpCall, operands: _Operands) -> str
         scores = builder.node("Where", allowed, scores, builder.constant(_LOWEST, dtype))
     elif allowed is not None:
         scores = builder.node("Add", scores, _additive(builder, allowed, dtype))
-    out = builder.node("MatMul", builder.node("Softmax", scores, axis=-1), value)
+    weights = builder.node("Softmax", scores, axis=-1)
+    out = builder.node("MatMul", weights, value)
     if allowed is not None and (operands.mask is not None or operands.bias is not None):
-        out = builder.node("Where", _attends_any(builder, allowed), out, builder.constant(0.0, dtype))
+        attends, zero = _attends_any(builder, allowed), builder.constant(0.0, dtype)
+        out = builder.node("Where", attends, out, zero)
+        weights = builder.node("Where", attends, weights, zero) if attrs.get("weights") else weights
     out = builder.node("Transpose", out, perm=[0, 2, 1, 3])
-    return builder.node("Reshape", out, builder.ints(0, 0, heads * head_dim))
+    out = builder.node("Reshape", out, builder.ints(0, 0, heads * head_dim))
+    return (out, weights) if attrs.get("weights") else (out,)
 
 
 def _repeat_heads(builder: GraphBuilder, x: str, heads: int, kv_heads: int, shape: tuple[int, ...]) -> str:

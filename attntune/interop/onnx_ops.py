@@ -18,7 +18,7 @@ from attntune.ops.mean_pool import NORM_FLOOR
 if TYPE_CHECKING:
     from attntune.models.model import OpCall
 
-Emitter = Callable[[GraphBuilder, "OpCall"], str]
+Emitter = Callable[[GraphBuilder, "OpCall"], "str | tuple[str, ...]"]
 
 #: Emitters by operator name.
 EMITTERS: dict[str, Emitter] = {"attention": attention}
