@@ -165,6 +165,8 @@ def _attention(call: OpCall) -> Step:
     from torch.nn import functional as F
 
     attrs = call.attrs
+    if attrs.get("weights"):
+        raise EngineError("attention that gives its weights has no PyTorch twin; expected an entry without them")
     heads, kv_heads, head_dim = attrs["heads"], attrs["kv_heads"], attrs["head_dim"]
     packed, causal, scale = bool(attrs["packed"]), bool(attrs["causal"]), attrs.get("scale")
     mask_at = (1 if packed else 3) if attrs["mask"] else None
