@@ -15,7 +15,7 @@ from attntune.interop import export_onnx, verify_onnx
 from attntune.report.attention_maps import AttentionMap, attention_maps, write
 
 SENTENCE = "The animal didn't cross the street because it was too tired."
-TOKENS = ["[CLS]", *"the animal didn ' t cross the street because it was too tired .".split(), "[SEP]"]
+TOKENS = re.findall(r"\[?\w+\]?|[^\w\s]", f"[CLS] {SENTENCE.lower()} [SEP]")
 LAYERS, HEADS = 6, 12
 
 
