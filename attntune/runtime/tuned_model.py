@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from attntune.runtime.carried import Carried
 from attntune.runtime.inputs import Padded, aligned_zeros, bucket_shape, check_inputs, fit
 from attntune.runtime.kernel_thread import KERNEL_THREAD, device_tensors
 from attntune.target import Target
+
+if TYPE_CHECKING:
+    from attntune.runtime.generation import Generated
 
 _CPU = 1  # kDLCPU
 _POOLED = 2
@@ -133,6 +136,12 @@ class TunedModel:
             for spec in signature["inputs"]
             if spec["name"] in signature.get("updates", {})
         }
+
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> Generated:
+        """Write on from prompts of token ids; see :func:`attntune.runtime.generation.generate`."""
+        from attntune.runtime.generation import generate
+
+        return generate(self, prompts, **options)
 
     def require(self, entry: str) -> Mapping[str, Any]:
         """The manifest's inputs and outputs of an entry.

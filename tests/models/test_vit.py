@@ -33,7 +33,6 @@ def script():
 @pytest.fixture(scope="module")
 def trained(script, tmp_path_factory):
     """The PyTorch model after a shorter training, its directory, and the digits it never saw."""
-    pytest.importorskip("sklearn")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
