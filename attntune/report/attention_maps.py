@@ -20,7 +20,11 @@ from attntune.errors import ReportError
 from attntune.report.attention_page import PAGE
 
 #: Outputs of an entry that hold attention weights, one a layer, and what they are called.
-KINDS = {"attention": "self-attention", "cross_attention": "alignment"}
+KINDS = {
+    "cross_attention": "alignment",
+    "attention": "self-attention",
+    "encoder_attention": "self-attention of the encoder",
+}
 
 #: Tokens beyond which a page gets slow and a picture's labels unreadable.
 MAX_TOKENS = 256
@@ -73,7 +77,7 @@ class AttentionMap:
         row = self.mean[query]
         found = []
         for at in np.argsort(-row, kind="stable"):
-            itself = self.kind == "attention" and at == query
+            itself = self.kind != "cross_attention" and at == query
             if skip_special and (itself or _is_special(self.keys[at])):
                 continue
             heads = self.weights[:, :, query, at]
@@ -90,11 +94,11 @@ def attention_maps(
     """The maps of one sequence of a batch.
 
     Args:
-        outputs: of an entry, by name; ``attention.0``… and ``cross_attention.0``… (batch, heads, queries, keys) are
-            used.
+        outputs: of an entry, by name; ``attention.0``…, ``cross_attention.0``… and ``encoder_attention.0``… (batch,
+            heads, queries, keys) are used.
         row: of the batch.
         tokens: ``"attention"`` and ``"cross_attention"``: tokens of the sequence that attends, without padding; and
-            ``"source"``: of the one that ``cross_attention`` attends to.
+            ``"source"``: of the one that ``cross_attention`` attends to and the encoder reads.
 
     Raises:
         ReportError: there are no weights among the outputs.
@@ -104,8 +108,8 @@ def attention_maps(
         layers = [outputs[name] for name in _numbered(outputs, kind)]
         if not layers:
             continue
-        queries = tuple(tokens[kind])
-        keys = tuple(tokens["source" if kind == "cross_attention" else kind])
+        queries = tuple(tokens["source" if kind == "encoder_attention" else kind])
+        keys = tuple(tokens["attention" if kind == "attention" else "source"])
         weights = np.stack([layer[row] for layer in layers])[:, :, : len(queries), : len(keys)]
         found.append(AttentionMap(kind, weights.astype(np.float32), queries, keys))
     if not found:
