@@ -212,10 +212,33 @@ def _labelled(axes: Any, weights: np.ndarray, rows: Sequence[str], keys: Sequenc
     shown = weights[:, [not _is_special(key) for key in keys]]
     top = max(float((shown if shown.size else weights).max()), 1e-6)
     axes.imshow(weights, cmap="Blues", vmin=0.0, vmax=top, aspect="auto")
-    axes.set_xticks(range(len(keys)), [_plain_mark(key) for key in keys], rotation=90)
-    axes.set_yticks(range(len(rows)), rows)
+    for ticks, names, turn in ((axes.set_xticks, keys, 90), (axes.set_yticks, rows, 0)):
+        plain = [_plain_mark(name) for name in names]
+        families = _families("".join(plain))
+        labels = plain if families else [_code_points(name) for name in plain]
+        ticks(range(len(labels)), labels, rotation=turn, fontfamily=families)
     axes.tick_params(length=0, labelsize=8)
     axes.grid(False)
+
+
+def _families(text: str) -> list[str] | None:
+    """Installed fonts that have every character of ``text`` between them; None where there are none."""
+    from matplotlib.font_manager import findfont, fontManager, get_font
+
+    default = "DejaVu Sans"
+    missing = {ord(character) for character in text} - set(get_font(findfont(default)).get_charmap())
+    if not missing:
+        return [default]
+    for font in fontManager.ttflist:
+        # Last Resort has a placeholder for every character, and comes with matplotlib.
+        if not font.name.startswith("Last Resort") and missing <= set(get_font(font.fname).get_charmap()):
+            return [default, font.name]
+    return None
+
+
+def _code_points(label: str) -> str:
+    """``label`` with what is not Latin as code points."""
+    return " ".join(c if ord(c) < 0x250 else f"U+{ord(c):04X}" for c in label) if not label.isascii() else label
 
 
 def _grid(cells: Any, weights: np.ndarray) -> None:
