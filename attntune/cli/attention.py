@@ -101,24 +101,36 @@ def _opened(source: Source) -> Iterator[TunedModel]:
         return
     model: Model = load_model(str(source.path))
     entry = model.entry(ENTRY)
-    entries, shapes = [ENTRY], None
-    if any(spec.name == "decoder_input_ids" for spec in entry.inputs):
-        entries = [name for name in ("encode", "prefill", "decode", ENTRY) if name in model.entries]
-    elif source.texts is None or (source.path / "tokenizer.json").is_file() or source.tokenizer:
-        specs = [dataclasses.asdict(spec) for spec in entry.inputs]
-        tokenizer = source.tokenizer or source.path / "tokenizer.json"
-        given = source.arrays_for(specs, model.max_lengths.get("seq", 512), tokenizer)
-        shape: dict[str, int] = {}
-        for spec in entry.inputs:
-            sizes = given[spec.name].shape if spec.name in given else ()
-            shape |= {dim: size for dim, size in zip(spec.dims, sizes, strict=False) if isinstance(dim, str)}
-        if missing := [dim for dim in entry.dims() if dim not in shape]:
-            raise InputError(f"expected inputs that give {missing} of entry {ENTRY!r}, got {sorted(given)}")
-        shapes = [shape]
-    note(f"compiling {model.name}" + (f" for {shapes[0]}" if shapes else ""))
     with tempfile.TemporaryDirectory() as folder:
+        entries, shapes = [ENTRY], None
+        tokenizer = _tokenizer(model, source, Path(folder))
+        if any(spec.name == "decoder_input_ids" for spec in entry.inputs):
+            entries = [name for name in ("encode", "prefill", "decode", ENTRY) if name in model.entries]
+        elif source.texts is None or tokenizer is not None:
+            specs = [dataclasses.asdict(spec) for spec in entry.inputs]
+            given = source.arrays_for(specs, model.max_lengths.get("seq", 512), tokenizer or Path())
+            shape: dict[str, int] = {}
+            for spec in entry.inputs:
+                sizes = given[spec.name].shape if spec.name in given else ()
+                shape |= {dim: size for dim, size in zip(spec.dims, sizes, strict=False) if isinstance(dim, str)}
+            if missing := [dim for dim in entry.dims() if dim not in shape]:
+                raise InputError(f"expected inputs that give {missing} of entry {ENTRY!r}, got {sorted(given)}")
+            shapes = [shape]
+        note(f"compiling {model.name}" + (f" for {shapes[0]}" if shapes else ""))
         artifact = attntune.compile(model, shapes=shapes, entries=entries)
         yield attntune.load(artifact.save(Path(folder) / "model.attn"))
+
+
+def _tokenizer(model: Model, source: Source, folder: Path) -> Path | None:
+    """The tokenizer.json that was named, or is in the model's directory, or its loader made."""
+    if source.tokenizer is not None:
+        return source.tokenizer
+    if (source.path / "tokenizer.json").is_file():
+        return source.path / "tokenizer.json"
+    if model.tokenizer is None:
+        return None
+    (folder / "tokenizer.json").write_text(model.tokenizer, encoding="utf-8")
+    return folder / "tokenizer.json"
 
 
 def _longest(tuned: TunedModel, dim: str) -> int:

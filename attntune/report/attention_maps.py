@@ -82,7 +82,7 @@ class AttentionMap:
                 continue
             heads = self.weights[:, :, query, at]
             layer, head = np.unravel_index(int(heads.argmax()), heads.shape)
-            found.append((self.keys[at], float(row[at]), (int(layer), int(head))))
+            found.append((_plain_mark(self.keys[at]), float(row[at]), (int(layer), int(head))))
         return found[:count]
 
 
