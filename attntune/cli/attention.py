@@ -125,8 +125,8 @@ def _tokenizer(model: Model, source: Source, folder: Path) -> Path | None:
     """The tokenizer.json that was named, or is in the model's directory, or its loader made."""
     if source.tokenizer is not None:
         return source.tokenizer
-    if (source.path / "tokenizer.json").is_file():
-        return source.path / "tokenizer.json"
+    if model.directory is not None and (model.directory / "tokenizer.json").is_file():
+        return model.directory / "tokenizer.json"
     if model.tokenizer is None:
         return None
     (folder / "tokenizer.json").write_text(model.tokenizer, encoding="utf-8")
