@@ -59,6 +59,9 @@ def run(
         np.savez(output, **results)  # type: ignore[arg-type]
     if text and chosen == "embed":
         return _similarities(text, next(iter(results.values())), output)
+    labels = tuned.manifest["config"].get("labels")
+    if labels and chosen == "forward":
+        return _classes(results["logits"], labels, output)
     shapes = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in results.items()}
     where = f" -> {output}" if output is not None else ""
     lines = [f"{name}: {array.dtype} {tuple(array.shape)}{where}" for name, array in results.items()]
@@ -123,6 +126,22 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _label(text: str) -> str:
     return text if len(text) <= _LABEL_WIDTH else text[: _LABEL_WIDTH - 1] + "…"
+
+
+def _classes(logits: np.ndarray, labels: Sequence[str], output: Path | None) -> Reply:
+    """The most probable class of each row."""
+    from scipy.special import softmax
+
+    shares = softmax(logits.astype("float64"), axis=1)
+    best = shares.argmax(axis=1)
+    found = [
+        {"label": labels[index], "probability": float(row[index])} for index, row in zip(best, shares, strict=True)
+    ]
+    lines = [f"{number:>4}  {labels[index]}  {shares[number, index]:.1%}" for number, index in enumerate(best[:20])]
+    if len(best) > len(lines):
+        lines.append(f"and {len(best) - len(lines)} more")
+    where = str(output) if output is not None else None
+    return Reply({"classes": found, "output": where}, "\n".join(lines))
 
 
 def _similarities(texts: Sequence[str], vectors: np.ndarray, output: Path | None) -> Reply:

@@ -28,6 +28,8 @@ class VitConfig:
     num_channels: int
     num_labels: int
     qkv_bias: bool = True
+    labels: tuple[str, ...] = ()
+    """Names of the classes, where the checkpoint has them."""
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> VitConfig:
@@ -37,7 +39,7 @@ class VitConfig:
             ModelError: naming the field that is missing or asks for something unsupported.
         """
         fields = {"num_labels": len(fields.get("id2label") or (0, 1)), **fields}
-        names = [name for name in cls.__dataclass_fields__ if name != "qkv_bias"]
+        names = [name for name in cls.__dataclass_fields__ if name not in ("qkv_bias", "labels")]
         if missing := [name for name in names if name not in fields]:
             raise ModelError(f"config.json of a vit model lacks {missing}")
         for name in names:
@@ -53,7 +55,12 @@ class VitConfig:
         for whole, part in (("hidden_size", "num_attention_heads"), ("image_size", "patch_size")):
             if fields[whole] % fields[part]:
                 raise ModelError(f"config.json: {whole} {fields[whole]} is not a multiple of {part} {fields[part]}")
-        return cls(**{name: fields[name] for name in names}, qkv_bias=bool(fields.get("qkv_bias", True)))
+        labels = fields.get("id2label") or {}
+        return cls(
+            **{name: fields[name] for name in names},
+            qkv_bias=bool(fields.get("qkv_bias", True)),
+            labels=tuple(str(labels.get(str(index), index)) for index in range(fields["num_labels"])) if labels else (),
+        )
 
     @property
     def patches(self) -> int:

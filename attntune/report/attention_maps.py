@@ -20,7 +20,11 @@ from attntune.errors import ReportError
 from attntune.report.attention_page import PAGE
 
 #: Outputs of an entry that hold attention weights, one a layer, and what they are called.
-KINDS = {"attention": "self-attention", "cross_attention": "alignment"}
+KINDS = {
+    "cross_attention": "alignment",
+    "attention": "self-attention",
+    "encoder_attention": "self-attention of the encoder",
+}
 
 #: Tokens beyond which a page gets slow and a picture's labels unreadable.
 MAX_TOKENS = 256
@@ -73,12 +77,12 @@ class AttentionMap:
         row = self.mean[query]
         found = []
         for at in np.argsort(-row, kind="stable"):
-            itself = self.kind == "attention" and at == query
+            itself = self.kind != "cross_attention" and at == query
             if skip_special and (itself or _is_special(self.keys[at])):
                 continue
             heads = self.weights[:, :, query, at]
             layer, head = np.unravel_index(int(heads.argmax()), heads.shape)
-            found.append((self.keys[at], float(row[at]), (int(layer), int(head))))
+            found.append((_plain_mark(self.keys[at]), float(row[at]), (int(layer), int(head))))
         return found[:count]
 
 
@@ -90,11 +94,11 @@ def attention_maps(
     """The maps of one sequence of a batch.
 
     Args:
-        outputs: of an entry, by name; ``attention.0``… and ``cross_attention.0``… (batch, heads, queries, keys) are
-            used.
+        outputs: of an entry, by name; ``attention.0``…, ``cross_attention.0``… and ``encoder_attention.0``… (batch,
+            heads, queries, keys) are used.
         row: of the batch.
         tokens: ``"attention"`` and ``"cross_attention"``: tokens of the sequence that attends, without padding; and
-            ``"source"``: of the one that ``cross_attention`` attends to.
+            ``"source"``: of the one that ``cross_attention`` attends to and the encoder reads.
 
     Raises:
         ReportError: there are no weights among the outputs.
@@ -104,8 +108,8 @@ def attention_maps(
         layers = [outputs[name] for name in _numbered(outputs, kind)]
         if not layers:
             continue
-        queries = tuple(tokens[kind])
-        keys = tuple(tokens["source" if kind == "cross_attention" else kind])
+        queries = tuple(tokens["source" if kind == "encoder_attention" else kind])
+        keys = tuple(tokens["attention" if kind == "attention" else "source"])
         weights = np.stack([layer[row] for layer in layers])[:, :, : len(queries), : len(keys)]
         found.append(AttentionMap(kind, weights.astype(np.float32), queries, keys))
     if not found:
@@ -208,10 +212,33 @@ def _labelled(axes: Any, weights: np.ndarray, rows: Sequence[str], keys: Sequenc
     shown = weights[:, [not _is_special(key) for key in keys]]
     top = max(float((shown if shown.size else weights).max()), 1e-6)
     axes.imshow(weights, cmap="Blues", vmin=0.0, vmax=top, aspect="auto")
-    axes.set_xticks(range(len(keys)), [_plain_mark(key) for key in keys], rotation=90)
-    axes.set_yticks(range(len(rows)), rows)
+    for ticks, names, turn in ((axes.set_xticks, keys, 90), (axes.set_yticks, rows, 0)):
+        plain = [_plain_mark(name) for name in names]
+        families = _families("".join(plain))
+        labels = plain if families else [_code_points(name) for name in plain]
+        ticks(range(len(labels)), labels, rotation=turn, fontfamily=families)
     axes.tick_params(length=0, labelsize=8)
     axes.grid(False)
+
+
+def _families(text: str) -> list[str] | None:
+    """Installed fonts that have every character of ``text`` between them; None where there are none."""
+    from matplotlib.font_manager import findfont, fontManager, get_font
+
+    default = "DejaVu Sans"
+    missing = {ord(character) for character in text} - set(get_font(findfont(default)).get_charmap())
+    if not missing:
+        return [default]
+    for font in fontManager.ttflist:
+        # Last Resort has a placeholder for every character, and comes with matplotlib.
+        if not font.name.startswith("Last Resort") and missing <= set(get_font(font.fname).get_charmap()):
+            return [default, font.name]
+    return None
+
+
+def _code_points(label: str) -> str:
+    """``label`` with what is not Latin as code points."""
+    return " ".join(c if ord(c) < 0x250 else f"U+{ord(c):04X}" for c in label) if not label.isascii() else label
 
 
 def _grid(cells: Any, weights: np.ndarray) -> None:

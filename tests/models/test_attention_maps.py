@@ -15,7 +15,7 @@ from attntune.interop import export_onnx, verify_onnx
 from attntune.report.attention_maps import AttentionMap, attention_maps, write
 
 SENTENCE = "The animal didn't cross the street because it was too tired."
-TOKENS = ["[CLS]", *"the animal didn ' t cross the street because it was too tired .".split(), "[SEP]"]
+TOKENS = re.findall(r"\[?\w+\]?|[^\w\s]", f"[CLS] {SENTENCE.lower()} [SEP]")
 LAYERS, HEADS = 6, 12
 
 
@@ -133,3 +133,41 @@ def test_alignment_of_two_sequences(tmp_path):
         attention_maps({"logits": np.zeros(3)}, 0, {})
     with pytest.raises(ReportError, match=r"expected weights \(layers, heads, 3, 5\)"):
         AttentionMap("cross_attention", found.weights[0], found.queries, found.keys)
+
+
+def test_an_encoder_decoder_writes_first_and_is_aligned_then(capsys, tmp_path):
+    from attntune.models.rnn import RNNConfig, random_model
+
+    config = RNNConfig(30, 40, 8, 12, 16, 16, attention=True)
+    model = random_model(config, "tiny")
+    target = ["", "<start>", "<end>", *(chr(0x1780 + index) for index in range(37))]
+    model.vocabulary = {
+        "source": {"tokens": ["", *"abcdefghijklmnopqrstuvwxyz", "?", "!", "-"], "lowercase": True, "unknown": None},
+        "target": {"tokens": target, "separator": ""},
+    }
+    shapes = [{"batch": 2, "source": 8, "seq": 6}]
+    artifact = attntune.compile(model, shapes=shapes, entries=["encode", "decode", "attend"])
+    path = artifact.save(tmp_path / "tiny.attn")
+    words = ["--text", "abc", "--text", "Hello"]
+    document = ask(capsys, "run", path, *words, "--attention", tmp_path / "a.html")
+    written = document["tokens"]
+    assert all(1 <= len(row) <= 6 and set(row) <= set(target) for row in written)
+    assert Page((tmp_path / "a.html").read_text()).tokens == [*written[0], *"abc", *written[1], *"hello"]
+    # What each row attended to is what the decoder gave, one token after another.
+    tuned = attntune.load(path)
+    ids = np.array([[1, 2, 3]])
+    lengths = np.array([3], np.int32)
+    memory = tuned.run("encode", input_ids=ids, source_lengths=lengths)
+    state, token, steps = tuned.state("decode")["state"], 1, []
+    for _ in written[0]:
+        logits, state, weights = tuned.run(
+            "decode", input_ids=np.array([[token]]), source_lengths=lengths, state=state, memory=memory
+        )
+        token = int(logits[0].argmax())
+        steps.append(weights[0, 0, 0, :3])
+    decoded = [1, *(target.index(symbol) for symbol in written[0][:-1])]
+    _, maps = tuned.run("attend", input_ids=ids, source_lengths=lengths, decoder_input_ids=np.array([decoded]))
+    np.testing.assert_allclose(maps[0, 0], np.array(steps), atol=1e-5)
+    # A picture has no Khmer glyphs everywhere; it is drawn nonetheless.
+    ask(capsys, "run", path, "--text", "abc", "--attention", tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
