@@ -158,6 +158,32 @@ def patchify(builder: GraphBuilder, call: OpCall) -> str:
     return builder.node("Reshape", rows, builder.ints(0, down * across, channels * patch * patch))
 
 
+@emits("unfold")
+def unfold(builder: GraphBuilder, call: OpCall) -> str:
+    """Windows of a padded sequence: one slice for each step of the kernel, side by side."""
+    kernel, stride, padding = (int(call.attrs[name]) for name in ("kernel", "stride", "padding"))
+    x = call.args[0]
+    if call.attrs["layout"] == "bcl":
+        x = builder.node("Transpose", x, perm=[0, 2, 1])
+    if padding:
+        x = builder.node("Pad", x, builder.ints(0, padding, 0, 0, padding, 0))
+    length = builder.dim(x, 1)
+    slices = []
+    for step in range(kernel):
+        # The last window that fits begins kernel - 1 before the end.
+        stop = builder.node("Sub", length, builder.ints(kernel - 1 - step))
+        slices.append(builder.node("Slice", x, builder.ints(step), stop, builder.ints(1), builder.ints(stride)))
+    return builder.node("Concat", *slices, axis=-1)
+
+
+@emits("add_positions")
+def add_positions(builder: GraphBuilder, call: OpCall) -> str:
+    """``x + position[0..seq)``."""
+    x, position = call.args
+    rows = builder.node("Slice", position, builder.ints(0), builder.dim(x, 1), builder.ints(0))
+    return builder.node("Add", x, rows)
+
+
 @emits("prepend_token")
 def prepend_token(builder: GraphBuilder, call: OpCall) -> str:
     """``concat(token, x) + position``."""

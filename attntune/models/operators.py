@@ -190,6 +190,19 @@ def patchify(x: Any, *, patch: int) -> Any:
     return emit("patchify", {"patch": patch}, [x], shape, x.dtype)
 
 
+def unfold(x: Any, *, kernel: int, stride: int = 1, padding: int = 0, layout: str = "blc") -> Any:
+    """Windows of x (batch, length, channels), ``"bcl"``: (batch, channels, length) → (batch, steps, kernel·channels)."""
+    batch, length, channels = x.shape if layout == "blc" else (x.shape[0], x.shape[2], x.shape[1])
+    attrs = {"kernel": kernel, "stride": stride, "padding": padding, "layout": layout}
+    shape = (batch, (length + 2 * padding - kernel) // stride + 1, kernel * channels)
+    return emit("unfold", attrs, [x], shape, x.dtype)
+
+
+def add_positions(x: Any, position: Any) -> Any:
+    """X (batch, seq, features) plus the first seq rows of position (positions, features)."""
+    return emit("add_positions", {}, [x, position], x.shape, x.dtype)
+
+
 def prepend_token(x: Any, token: Any, position: Any) -> Any:
     """Token (features,) before each x (batch, seq, features), plus position (1 + seq, features)."""
     batch, seq, features = x.shape
@@ -206,3 +219,83 @@ def top_k(x: Any, k: int) -> tuple[Any, Any]:
     shape = (x.shape[0], k)
     values, indices = emit_many("top_k", {"k": k}, [x], [(shape, x.dtype), (shape, "int64")])
     return values, indices
+
+
+def gru_sequence(
+    projected: Any,
+    weight: Any,
+    bias: Any | None = None,
+    *,
+    state: Any | None = None,
+    lengths: Any | None = None,
+    reverse: bool = False,
+) -> tuple[Any, Any]:
+    """Projected (batch, seq, 3·hidden), initial state (batch, hidden) → outputs (batch, seq, hidden), last state."""
+    outputs, last = _recurrent("gru_sequence", projected, weight, bias, (state,), lengths, reverse)
+    return outputs, last
+
+
+def gru_cell(projected: Any, weight: Any, bias: Any | None, state: Any) -> Any:
+    """Projected (batch, 3·hidden), state (batch, hidden) → the next state."""
+    return _recurrent("gru_sequence", projected, weight, bias, (state,), None, False)[1]
+
+
+def lstm_sequence(
+    projected: Any,
+    weight: Any,
+    bias: Any | None = None,
+    *,
+    state: tuple[Any, Any] | None = None,
+    lengths: Any | None = None,
+    reverse: bool = False,
+) -> tuple[Any, Any, Any]:
+    """Projected (batch, seq, 4·hidden), initial state and cell (batch, hidden) → outputs, last state, last cell."""
+    states = (None, None) if state is None else state
+    outputs, last, cell = _recurrent("lstm_sequence", projected, weight, bias, states, lengths, reverse)
+    return outputs, last, cell
+
+
+def lstm_cell(projected: Any, weight: Any, bias: Any | None, state: Any, cell: Any) -> tuple[Any, Any]:
+    """Projected (batch, 4·hidden), state and cell (batch, hidden) → the next state and cell."""
+    _, next_state, next_cell = _recurrent("lstm_sequence", projected, weight, bias, (state, cell), None, False)
+    return next_state, next_cell
+
+
+def _recurrent(
+    op: str, projected: Any, weight: Any, bias: Any | None, states: Sequence[Any], lengths: Any | None, reverse: bool
+) -> tuple[Any, ...]:
+    initial = states[0] is not None
+    attrs = {"reverse": reverse, "lengths": lengths is not None, "initial": initial, "bias": bias is not None}
+    args = [arg for arg in (projected, weight, bias, *states, lengths) if arg is not None]
+    batch, hidden = projected.shape[0], weight.shape[1]
+    outputs = ((*projected.shape[:-1], hidden), projected.dtype)
+    return emit_many(op, attrs, args, [outputs, *(((batch, hidden), projected.dtype) for _ in states)])
+
+
+def additive_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    scale: Any | None = None,
+    *,
+    mask: Any | None = None,
+    lengths: Any | None = None,
+) -> tuple[Any, Any]:
+    """Bahdanau's attention: query (batch, q_len, dim), key (batch, kv_len, dim), value (batch, kv_len, features).
+
+    scale (dim,), mask (batch, kv_len) int64, lengths (batch,) int32 → context (batch, q_len, features) and weights
+    (batch, 1, q_len, kv_len) float32, as of one head. A query (batch, dim) gives context (batch, features).
+    """
+    attrs = {"scale": scale is not None, "mask": mask is not None, "lengths": lengths is not None}
+    args = [arg for arg in (query, key, value, scale, mask, lengths) if arg is not None]
+    queries = query.shape[1] if len(query.shape) == 3 else 1
+    context, weights = emit_many(
+        "additive_attention",
+        attrs,
+        args,
+        [
+            ((*query.shape[:-1], value.shape[2]), query.dtype),
+            ((query.shape[0], 1, queries, key.shape[1]), "float32"),
+        ],
+    )
+    return context, weights

@@ -69,9 +69,29 @@ def ending(w: Recurrent, operand: Mapping[str, Any], row: Any) -> Any:
 
 def updated(w: Recurrent, gates: list[Any], sums: list[Any], states: list[Any]) -> list[Any]:
     """:meth:`Recurrent.update` on scalar expressions."""
-    from attntune.ops import math as tmath
+    return w.update(gates, sums, states, _Bound)
 
-    return w.update(gates, sums, states, tmath)
+
+class _Bound:
+    """Functions whose results are variables: an expression that stands in two places would define its own twice."""
+
+    @staticmethod
+    def sigmoid(x: Any) -> Any:
+        """Logistic function."""
+        from tvm.tirx.script.builder import ir as T
+
+        from attntune.ops import math as tmath
+
+        return T.bind(tmath.sigmoid(x))
+
+    @staticmethod
+    def tanh(x: Any) -> Any:
+        """Hyperbolic tangent."""
+        from tvm.tirx.script.builder import ir as T
+
+        from attntune.ops import math as tmath
+
+        return T.bind(tmath.tanh(x))
 
 
 def along(extent: int, lanes: int, body: Callable[[Any], None]) -> None:

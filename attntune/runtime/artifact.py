@@ -4,7 +4,7 @@ NAME.attn/
   manifest.json   format, target, versions, entries, shape buckets, each kernel's record or ``default``, sha256 sums
   kernels.so      every kernel and the Relax VM executable
   weights.bin     packed weights, each at a multiple of 64 bytes, mapped into memory and shared between processes
-  tokenizer.json  where the model has one
+  tokenizer.json  where the model has one; or vocabulary.json, of symbols
 """
 
 from __future__ import annotations
