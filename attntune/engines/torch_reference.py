@@ -195,7 +195,8 @@ def _attention(call: OpCall) -> Step:
             shared[name] = _additive_mask(mask, bias, exist, triangle, query, kv_len, shared[_INSPECT])
         additive, attends = shared[name]
         query, key, value = (
-            x.reshape(batch, x.shape[1], -1, head_dim).transpose(1, 2) for x in (query, key, value)
+            x.view(batch, x.shape[1], count, head_dim).transpose(1, 2)
+            for x, count in ((query, heads), (key, kv_heads), (value, kv_heads))
         )  # fmt: skip
         if attrs.get("weights"):
             return _with_weights(query, key, value, additive, attends, causal, scale)
