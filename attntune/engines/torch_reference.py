@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from attntune.engines.torch_decoder import MAKERS as DECODER_MAKERS
 from attntune.errors import EngineError
 from attntune.ops.attention import FLOOR
 from attntune.ops.mean_pool import NORM_FLOOR
@@ -22,7 +23,7 @@ Step = Callable[..., Any]
 Maker = Callable[["OpCall"], Step]
 
 #: Makers by operator name.
-MAKERS: dict[str, Maker] = {}
+MAKERS: dict[str, Maker] = {**DECODER_MAKERS}
 
 _INSPECT = "inspect"
 
@@ -43,12 +44,20 @@ def _linear(call: OpCall) -> Step:
 
     bias, residual = bool(call.attrs.get("bias")), bool(call.attrs.get("residual"))
     activation = _activation(call.attrs.get("activation", ""))
+    gated, squeeze = bool(call.attrs.get("gated")), bool(call.attrs.get("squeeze"))
 
     def step(_: Any, x: Any, weight: Any, *rest: Any) -> Any:
         y = F.linear(x, weight, rest[0] if bias else None)
+        up = None
+        if gated:
+            y, up = y.chunk(2, -1)
         if activation is not None:
             y = activation(y)
-        return y.add_(rest[-1]) if residual else y
+        if up is not None:
+            y = y * up
+        if residual:
+            y = y.add_(rest[-1])
+        return y.squeeze(1) if squeeze else y
 
     return step
 
@@ -169,24 +178,34 @@ def _attention(call: OpCall) -> Step:
         raise EngineError("attention that gives its weights has no PyTorch twin; expected an entry without them")
     heads, kv_heads, head_dim = attrs["heads"], attrs["kv_heads"], attrs["head_dim"]
     packed, causal, scale = bool(attrs["packed"]), bool(attrs["causal"]), attrs.get("scale")
-    mask_at = (1 if packed else 3) if attrs["mask"] else None
-    bias_at = len(call.args) - 1 if attrs["bias"] else None
-    sources = tuple(None if at is None else call.args[at] for at in (mask_at, bias_at))
+    at = 1 if packed else 3
+    places: list[int | None] = []
+    for given in (attrs["mask"], attrs["bias"], attrs.get("lengths")):
+        places.append(at if given else None)
+        at += bool(given)
+    sources = tuple(None if place is None else call.args[place] for place in places)
     widths = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
 
     def step(shared: dict[Any, Any], *operands: Any) -> Any:
         query, key, value = operands[0].split(widths, -1) if packed else operands[:3]
         batch, q_len, kv_len = query.shape[0], query.shape[1], key.shape[1]
-        mask = None if mask_at is None else operands[mask_at]
-        bias = None if bias_at is None else operands[bias_at]
+        mask, bias, lengths = (None if place is None else operands[place] for place in places)
         name = (*sources, causal, q_len, kv_len)
         if name not in shared:
-            shared[name] = _additive_mask(mask, bias, causal, query, kv_len, shared[_INSPECT])
+            exist = None if lengths is None else _exist(lengths, attrs["lengths"], causal, q_len, kv_len)
+            triangle = causal and attrs.get("lengths") != "kv"
+            shared[name] = _additive_mask(mask, bias, exist, triangle, query, kv_len, shared[_INSPECT])
         additive, attends = shared[name]
+        query, key, value = (
+            x.view(batch, x.shape[1], count, head_dim).transpose(1, 2)
+            for x, count in ((query, heads), (key, kv_heads), (value, kv_heads))
+        )  # fmt: skip
+        if attrs.get("weights"):
+            return _with_weights(query, key, value, additive, attends, causal, scale)
         out = F.scaled_dot_product_attention(
-            query.view(batch, q_len, heads, head_dim).transpose(1, 2),
-            key.view(batch, kv_len, kv_heads, head_dim).transpose(1, 2),
-            value.view(batch, kv_len, kv_heads, head_dim).transpose(1, 2),
+            query,
+            key,
+            value,
             attn_mask=additive,
             is_causal=causal and additive is None,
             scale=scale,
@@ -199,7 +218,40 @@ def _attention(call: OpCall) -> Step:
     return step
 
 
-def _additive_mask(mask: Any, bias: Any, causal: bool, query: Any, kv_len: int, inspect: bool) -> tuple[Any, Any]:
+def _exist(lengths: Any, kind: str, causal: bool, q_len: int, kv_len: int) -> Any:
+    """Bool (batch, 1, q_len|1, kv_len): pairs within sequences of ``lengths``; with "kv" and causal, of the past."""
+    import torch
+
+    column = lengths.long()[:, None, None, None]
+    keys, index = torch.arange(kv_len), torch.arange(q_len)[:, None]
+    found = keys < column
+    if kind == "qkv":
+        return found & (index < column)
+    return found & (keys <= index + column - q_len) if causal else found
+
+
+def _with_weights(
+    query: Any, key: Any, value: Any, additive: Any, attends: Any, causal: bool, scale: float | None
+) -> tuple[Any, Any]:
+    """Attention of operands (batch, heads, len, head_dim), spelled out, and its weights."""
+    import torch
+
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if additive is not None:
+        scores = scores + additive
+    elif causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+    weights = scores.softmax(-1)
+    if attends is not None:
+        weights = weights.masked_fill(~attends, 0.0)
+    return (weights @ value).transpose(1, 2).flatten(2), weights
+
+
+def _additive_mask(
+    mask: Any, bias: Any, exist: Any, causal: bool, query: Any, kv_len: int, inspect: bool
+) -> tuple[Any, Any]:
     """What SDPA adds to scores (None where nothing is masked), and where a query may attend no key (else None).
 
     Built once per run and mask, as Hugging Face does. With ``inspect``, a mask of ones is dropped, which frees SDPA's
@@ -207,9 +259,10 @@ def _additive_mask(mask: Any, bias: Any, causal: bool, query: Any, kv_len: int, 
     """
     import torch
 
-    allowed = None
+    allowed = exist
     if mask is not None and not (inspect and bool(mask.all())):
-        allowed = (mask != 0)[:, None, None, :]
+        kept = (mask != 0)[:, None, None, :]
+        allowed = kept if allowed is None else allowed & kept
     if bias is not None:
         finite = bias > FLOOR
         if not (inspect and bool(finite.all())):
@@ -236,7 +289,8 @@ class TorchModel:
         dtype: every floating-point weight is cast to it; ``"float64"`` makes an oracle.
         inspect: whether masks may be looked at to choose a faster path; not under torch.compile.
 
-    Calling it takes and returns tensors by name. It holds no state between calls.
+    Calling it takes and returns tensors by name. It holds no state between calls; caches that an entry updates in place
+    are updated in place.
     """
 
     def __init__(self, model: Any, entry: str = "forward", dtype: str = "float32", inspect: bool = True) -> None:
@@ -248,7 +302,7 @@ class TorchModel:
             self._add(tensor.name)
         #: Tensors by slot.
         self.weights: dict[int, Any] = {}
-        self._steps: list[tuple[Step, tuple[int, ...], int]] = []
+        self._steps: list[tuple[Step, tuple[int, ...], tuple[int, ...]]] = []
         for call in model.calls(entry):
             if call.op not in MAKERS:
                 raise EngineError(f"operator {call.op!r} has no PyTorch twin; expected one of {sorted(MAKERS)}")
@@ -256,7 +310,7 @@ class TorchModel:
                 if name in model.weights and name not in self._slot:
                     self.weights[self._add(name)] = _tensor(model.weights[name], getattr(torch, dtype))
             sources = tuple(self._slot[name] for name in call.args)
-            self._steps.append((MAKERS[call.op](call), sources, self._add(call.result)))
+            self._steps.append((MAKERS[call.op](call), sources, tuple(map(self._add, call.results))))
         self._inspect = inspect
         self._inputs = tuple(tensor.name for tensor in spec.inputs)
         self._outputs = tuple(tensor.name for tensor in spec.outputs)
@@ -277,8 +331,10 @@ class TorchModel:
         for name in self._inputs:
             values[self._slot[name]] = inputs[name]
         shared: dict[Any, Any] = {_INSPECT: self._inspect}
-        for step, sources, target in self._steps:
-            values[target] = step(shared, *[values[source] for source in sources])
+        for step, sources, targets in self._steps:
+            result = step(shared, *[values[source] for source in sources])
+            for target, value in zip(targets, (result,) if len(targets) == 1 else result, strict=True):
+                values[target] = value
         return {name: values[self._slot[name]] for name in self._outputs}
 
 

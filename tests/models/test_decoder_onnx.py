@@ -6,11 +6,13 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
+from attntune.engines.graph import ModelGraph
 from attntune.engines.torch_reference import torch_reference
 from attntune.interop import evaluate, export_onnx, sample_inputs
 from attntune.interop.onnx_export import OPSETS
 from attntune.models import decoder
 from attntune.models.decoder import DecoderConfig, random_weights
+from attntune.models.model import Entry, InputSpec, OpCall
 
 ROTARY = DecoderConfig(61, 32, 2, 4, 2, 8, 48, 40, "rms", 1e-5, "silu", True, rope="half")
 CONFIGS = {
@@ -72,3 +74,29 @@ def test_a_tied_projection_is_written_once(tmp_path):
     path = export_onnx(model, tmp_path / "m.onnx", entry="decode")
     sizes = [numpy_helper.to_array(tensor).size for tensor in onnx.load(path).graph.initializer]
     assert sizes.count(61 * 32) == 1
+
+
+@pytest.mark.parametrize("style", sorted(OPSETS))
+def test_choosing_tokens_in_every_twin(tmp_path, style):
+    logits = InputSpec("logits", ("batch", 61), "float32")
+    outputs = (
+        InputSpec("best", ("batch",), "int64"),
+        InputSpec("values", ("batch", 4), "float32"),
+        InputSpec("indices", ("batch", 4), "int64"),
+    )
+    given = (("logits",), (("batch", 61),), ("float32",))
+    calls = (
+        OpCall("argmax", {}, *given, ("best",), (("batch",),), ("int64",)),
+        OpCall(
+            "top_k", {"k": 4}, *given, ("values", "indices"), (("batch", 4),) * 2, ("float32", "int64")
+        ),
+    )  # fmt: skip
+    model = ModelGraph("choice", {}, {}, {"forward": Entry((logits,), outputs)}, {"forward": calls})
+    inputs = {"logits": np.random.default_rng(0).standard_normal((3, 61)).astype(np.float32)}
+    expected = evaluate(model, inputs)
+    twin = torch_reference(model, inputs, dtype="float32")
+    path = export_onnx(model, tmp_path / "m.onnx", attention=style)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for spec, value in zip(outputs, session.run(None, inputs), strict=True):
+        np.testing.assert_array_equal(value, expected[spec.name].astype(spec.dtype))
+        np.testing.assert_array_equal(twin[spec.name], value)
