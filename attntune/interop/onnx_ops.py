@@ -13,15 +13,21 @@ from typing import TYPE_CHECKING, Any
 from attntune.errors import ExportError
 from attntune.interop.onnx_attention import attention
 from attntune.interop.onnx_graph import GraphBuilder, element_type
+from attntune.interop.onnx_recurrent import additive_attention, recurrent
 from attntune.ops.mean_pool import NORM_FLOOR
 
 if TYPE_CHECKING:
     from attntune.models.model import OpCall
 
-Emitter = Callable[[GraphBuilder, "OpCall"], str]
+Emitter = Callable[[GraphBuilder, "OpCall"], str | tuple[str, ...]]
 
 #: Emitters by operator name.
-EMITTERS: dict[str, Emitter] = {"attention": attention}
+EMITTERS: dict[str, Emitter] = {
+    "attention": attention,
+    "additive_attention": additive_attention,
+    "gru_sequence": recurrent,
+    "lstm_sequence": recurrent,
+}
 
 
 def emits(op: str) -> Callable[[Emitter], Emitter]:
@@ -55,6 +61,8 @@ def linear(builder: GraphBuilder, call: OpCall) -> str:
     x, weight, *rest = call.args
     extra = iter(rest)
     transposed = builder.shared(("transposed", weight), lambda: builder.node("Transpose", weight, perm=[1, 0]))
+    if call.attrs.get("squeeze"):
+        x = builder.node("Squeeze", x, builder.ints(1))
     y = builder.node("MatMul", x, transposed)
     if call.attrs.get("bias"):
         y = builder.node("Add", y, next(extra))
@@ -114,6 +122,30 @@ def embedding_norm(builder: GraphBuilder, call: OpCall) -> str:
     total = builder.node("Add", builder.node("Gather", word, ids, axis=0), builder.node("Gather", kind, types, axis=0))
     total = builder.node("Add", total, positions)
     return builder.node("LayerNormalization", total, weight, bias, axis=-1, epsilon=float(call.attrs["eps"]))
+
+
+@emits("embedding")
+def embedding(builder: GraphBuilder, call: OpCall) -> str:
+    """``scale · table[ids] + position[p]``; positions count from the start, or back from ``lengths``."""
+    ids, table, *rest = call.args
+    extra = iter(rest)
+    rows = builder.node("Gather", table, ids, axis=0)
+    scale = float(call.attrs.get("scale", 1.0))
+    if scale != 1.0:
+        rows = builder.node("Mul", rows, builder.constant(scale, call.result_dtype))
+    if not call.attrs.get("position"):
+        return rows
+    position = next(extra)
+    count = builder.node("Squeeze", builder.dim(ids, 1), builder.ints(0))
+    at = builder.node("Range", builder.constant(0, "int64"), count, builder.constant(1, "int64"))
+    if call.attrs.get("lengths"):
+        lengths = builder.node("Cast", next(extra), to=element_type("int64"))
+        first = builder.node("Sub", builder.node("Unsqueeze", lengths, builder.ints(1)), builder.dim(ids, 1))
+        at = builder.node("Add", first, at)
+    at = builder.node("Add", at, builder.constant(int(call.attrs.get("position_offset", 0)), "int64"))
+    last = builder.constant(int(call.arg_shapes[2][0]) - 1, "int64")
+    at = builder.node("Max", builder.node("Min", at, last), builder.constant(0, "int64"))
+    return builder.node("Add", rows, builder.node("Gather", position, at, axis=0))
 
 
 @emits("mean_pool")
