@@ -54,11 +54,11 @@ def _cell(
         new = builder.node("Tanh", builder.node("Add", x[2], builder.node("Mul", reset, s[2])))
         kept = builder.node("Mul", update, builder.node("Sub", states[0], new))
         following = builder.node("Add", new, kept)
-        return following, following
+        return following, builder.node("Identity", following)
     kept = builder.node("Mul", gate(1), states[1])
     cell = builder.node("Add", kept, builder.node("Mul", gate(0), gate(2, "Tanh")))
     following = builder.node("Mul", gate(3), builder.node("Tanh", cell))
-    return following, following, cell
+    return following, builder.node("Identity", following), cell
 
 
 def _sequence(
