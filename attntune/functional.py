@@ -22,8 +22,8 @@ from attntune.measure.buffers import numpy_dtype
 from attntune.ops.attention import MASKED, Attention
 from attntune.runtime.artifact import ALIGNMENT
 from attntune.runtime.dltensor import TensorSlot
-from attntune.runtime.kernel_thread import KERNEL_THREAD
 from attntune.runtime.inputs import aligned_zeros
+from attntune.runtime.kernel_thread import KERNEL_THREAD
 
 __all__ = ["clear_cache", "scaled_dot_product_attention"]
 

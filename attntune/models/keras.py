@@ -190,9 +190,7 @@ def load(path: Path) -> Model:
         generation = Generation(
             "rnn", start=(tokens.index(_START),), stop=(tokens.index(_STOP),), max_length=_MOST_TOKENS
         )
-    return rnn.build(
-        config, weights, path.stem, generation=generation, vocabulary=vocabulary, source_length=length
-    )
+    return rnn.build(config, weights, path.stem, generation=generation, vocabulary=vocabulary, source_length=length)
 
 
 def _only(path: Path, layers: Mapping[str, KerasLayer], kind: str) -> KerasLayer:

@@ -230,7 +230,8 @@ def _module(c: RNNConfig) -> Any:
         def attend(self, input_ids: Any, source_lengths: Any, decoder_input_ids: Any) -> tuple[Any, ...]:
             encoded = self.encoder(input_ids, source_lengths)
             state, memory = (None, encoded) if c.attention else (encoded, None)
-            return self.decoder(decoder_input_ids, state, memory, source_lengths)
+            found: tuple[Any, ...] = self.decoder(decoder_input_ids, state, memory, source_lengths)
+            return found
 
         def forward(self, input_ids: Any, source_lengths: Any, decoder_input_ids: Any) -> Any:
             return self.attend(input_ids, source_lengths, decoder_input_ids)[0]

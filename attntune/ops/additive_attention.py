@@ -130,9 +130,7 @@ class AdditiveAttention(Workload):
             shape, lambda b, i, j: where(b, j, tmath.exp(scores[b, i, j] - top[b, i]), 0.0), name="share"
         )
         total = te.compute(shape[:2], lambda b, i: te.sum(share[b, i, j_sum], axis=j_sum), name="total")
-        weights = te.compute(
-            shape, lambda b, i, j: share[b, i, j] / te.max(total[b, i], f32(1e-30)), name="weights"
-        )
+        weights = te.compute(shape, lambda b, i, j: share[b, i, j] / te.max(total[b, i], f32(1e-30)), name="weights")
         context = te.compute(
             (self.batch, self.q_len, self.features),
             lambda b, i, f: te.sum(where(b, j_all, weights[b, i, j_all] * value[b, j_all, f], 0.0), axis=j_all),

@@ -66,7 +66,9 @@ class GRUSequenceCPU(ScheduleTemplate):
             sums = rows * vectors * w.gates * chains
             waste = math.ceil(panels / vectors) * vectors / panels
             step = max(rows * vectors, 0.75 * (vectors + rows / w.gates), 8 / w.gates / chains) / vectors
-            return rounds * step * waste + 0.001 * abs(sums - 12) + 0.01 * abs(config.integer("k_unroll") - 2), config.key()
+            return rounds * step * waste + 0.001 * abs(sums - 12) + 0.01 * abs(
+                config.integer("k_unroll") - 2
+            ), config.key()
 
         return min(self.space(workload, target), key=cost)
 
