@@ -102,7 +102,9 @@ def compile(
         say("building")
         _build(module, target, folder / LIBRARY, kernels)
         index = write_weights(folder / WEIGHTS, packed)
-        if model.directory is not None and (model.directory / "tokenizer.json").is_file():
+        if model.tokenizer is not None:
+            (folder / "tokenizer.json").write_text(model.tokenizer, encoding="utf-8")
+        elif model.directory is not None and (model.directory / "tokenizer.json").is_file():
             shutil.copyfile(model.directory / "tokenizer.json", folder / "tokenizer.json")
         if model.vocabulary is not None:
             (folder / VOCABULARY).write_text(json.dumps(model.vocabulary, ensure_ascii=False), encoding="utf-8")
@@ -351,6 +353,7 @@ def _manifest(
             }
             for name in entries
         },
+        "left_out": [name for name in model.entries if name not in set(entries)],
         "buckets": rows,
         "kernels": [kernel.to_json() for kernel in kernels.values()],
         "weights": dict(weights),

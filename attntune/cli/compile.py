@@ -34,6 +34,7 @@ def compile(
     target: TargetOption = "native",
     shapes: OptionalShapes = None,
     precision: PrecisionOption = "float32",
+    entries: Annotated[str | None, typer.Option(help="Entry points, such as forward,attend.")] = None,
 ) -> Reply:
     """Compile a model with the best schedules known into an artifact; without --shapes for a grid of shapes."""
     import attntune
@@ -43,8 +44,9 @@ def compile(
         existing(database, "a tuning database", DatabaseError)
     loaded = load_model(model)
     artifact = attntune.compile(
-        loaded, target=target, database=database, shapes=sizes, precision=precision, on_progress=note
-    )
+        loaded, target=target, database=database, shapes=sizes, precision=precision, on_progress=note,
+        entries=None if entries is None else [name.strip() for name in entries.split(",")],
+    )  # fmt: skip
     path = artifact.save(output)
     size = sum(file.stat().st_size for file in path.iterdir())
     sources = Counter(kernel["source"] for kernel in artifact.kernels)

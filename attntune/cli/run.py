@@ -24,12 +24,20 @@ def run(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where results go, an .npz file.")] = None,
     entry: Annotated[str | None, typer.Option(help="Entry point; embed for --text where there is one.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json, if not in or beside the artifact.")] = None,
+    attention: Annotated[Path | None, typer.Option(help="Draw attention weights to this .html or .png.")] = None,
+    query: Annotated[str | None, typer.Option(help="Token of which --attention shows what it attends to.")] = None,
 ) -> Reply:
     """Run an artifact: --text prints the sentences' similarities, --inputs reads arrays and --output writes them."""
     import attntune
 
     if (not text) == (inputs is None):
         raise InputError("expected either --text, once or more, or --inputs FILE.npz")
+    if attention is not None:
+        from attntune.cli import attention as maps
+
+        arrays = None if inputs is None else read_arrays(inputs)
+        path = existing(artifact, "an artifact or a model", ArtifactError)
+        return maps.attention(path, attention, text, arrays, tokenizer=tokenizer, query=query)
     tuned = attntune.load(existing(artifact, "an artifact", ArtifactError))
     chosen = entry or ("embed" if text and "embed" in tuned.entries else tuned.entries[0])
     if chosen not in tuned.entries:

@@ -122,6 +122,25 @@ def _patchify(call: OpCall) -> Step:
     return lambda _, x: F.unfold(x, patch, stride=patch).transpose(1, 2)
 
 
+@makes("unfold")
+def _unfold(call: OpCall) -> Step:
+    from torch.nn import functional as F
+
+    kernel, stride, padding = (int(call.attrs[name]) for name in ("kernel", "stride", "padding"))
+    axes = (0, 2, 1) if call.attrs["layout"] == "bcl" else (0, 1, 2)
+
+    def step(_: Any, x: Any) -> Any:
+        windows = F.pad(x.permute(axes), (0, 0, padding, padding)).unfold(1, kernel, stride)
+        return windows.transpose(2, 3).flatten(2)
+
+    return step
+
+
+@makes("add_positions")
+def _add_positions(call: OpCall) -> Step:
+    return lambda _, x, position: x + position[: x.shape[1]]
+
+
 @makes("prepend_token")
 def _prepend_token(call: OpCall) -> Step:
     import torch

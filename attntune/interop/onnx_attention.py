@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from attntune.interop.onnx_decoder import counted, long
 from attntune.interop.onnx_graph import GraphBuilder, element_type
 from attntune.ops.attention import FLOOR
 
@@ -29,19 +30,22 @@ class _Operands:
     value: str
     mask: str | None
     bias: str | None
+    lengths: str | None
     q_source: str
     kv_source: str
     """Values whose axis 1 is q_len and kv_len; the same for packed operands, so masks are shared between layers."""
 
 
-def attention(builder: GraphBuilder, call: OpCall) -> str:
-    """Scaled dot-product attention, in the builder's style."""
+def attention(builder: GraphBuilder, call: OpCall) -> str | tuple[str, str]:
+    """Scaled dot-product attention, in the builder's style; in elementary operators where its weights are asked for."""
     operands = _operands(builder, call)
+    if call.attrs.get("weights"):
+        return _decomposed(builder, call, operands)
     if builder.attention == "standard":
         return _standard(builder, call, operands)
     if builder.attention == "onnxruntime" and call.attrs["heads"] == call.attrs["kv_heads"]:
         return _onnxruntime(builder, call, operands)
-    return _decomposed(builder, call, operands)
+    return _decomposed(builder, call, operands)[0]
 
 
 def _operands(builder: GraphBuilder, call: OpCall) -> _Operands:
@@ -57,9 +61,10 @@ def _operands(builder: GraphBuilder, call: OpCall) -> _Operands:
         sources = (query, key)
     mask = args.pop(0) if attrs["mask"] else None
     bias = args.pop(0) if attrs["bias"] else None
+    lengths = args.pop(0) if attrs.get("lengths") else None
     if mask is not None:
         sources = (mask if attrs["packed"] else sources[0], mask)
-    return _Operands(query, key, value, mask, bias, *sources)
+    return _Operands(query, key, value, mask, bias, lengths, *sources)
 
 
 def _allowed(builder: GraphBuilder, call: OpCall, operands: _Operands) -> str | None:
@@ -72,11 +77,53 @@ def _allowed(builder: GraphBuilder, call: OpCall, operands: _Operands) -> str | 
             return builder.node("Unsqueeze", builder.node("Cast", mask, to=element_type("bool")), builder.ints(1, 2))
 
         parts.append(builder.shared(("keep", mask), keep))
-    if causal:
+    if operands.lengths is not None:
+        parts += _within_lengths(builder, operands, operands.lengths, call.attrs["lengths"], causal)
+    if causal and call.attrs.get("lengths") != "kv":
         parts.append(_causal(builder, operands.q_source, operands.kv_source))
     if not parts:
         return None
-    return builder.shared(("allowed", *parts), lambda: parts[0] if len(parts) == 1 else builder.node("And", *parts))
+
+    def all_of() -> str:
+        allowed = parts[0]
+        for part in parts[1:]:
+            allowed = builder.node("And", allowed, part)
+        return allowed
+
+    return builder.shared(("allowed", *parts), all_of)
+
+
+def _within_lengths(builder: GraphBuilder, operands: _Operands, lengths: str, kind: str, causal: bool) -> list[str]:
+    """Bools (batch, 1, q_len|1, kv_len|1): keys that exist; with "qkv" queries too; with "kv" those before a query.
+
+    Query i of "kv" is number lengths[b] - q_len + i of its sequence.
+    """
+
+    def column(x: str) -> str:
+        return builder.node("Unsqueeze", x, builder.ints(1, 2, 3))
+
+    def keys() -> str:
+        return builder.node("Less", counted(builder, operands.kv_source), column(long(builder, lengths)))
+
+    def index() -> str:
+        return builder.node("Unsqueeze", counted(builder, operands.q_source), builder.ints(1))
+
+    parts = [builder.shared(("keys exist", lengths, operands.kv_source), keys)]
+    if kind == "qkv":
+
+        def queries() -> str:
+            return builder.node("Less", index(), column(long(builder, lengths)))
+
+        parts.append(builder.shared(("queries exist", lengths, operands.q_source), queries))
+    elif causal:
+
+        def before() -> str:
+            first = builder.node("Sub", long(builder, lengths), builder.dim(operands.q_source, 1))
+            at = builder.node("Add", column(first), index())
+            return builder.node("LessOrEqual", counted(builder, operands.kv_source), at)
+
+        parts.append(builder.shared(("before", lengths, operands.q_source, operands.kv_source), before))
+    return parts
 
 
 def _causal(builder: GraphBuilder, q_source: str, kv_source: str) -> str:
@@ -127,7 +174,8 @@ def _scale(call: OpCall) -> float:
     return float(scale) if scale is not None else 1.0 / math.sqrt(call.attrs["head_dim"])
 
 
-def _decomposed(builder: GraphBuilder, call: OpCall, operands: _Operands) -> str:
+def _decomposed(builder: GraphBuilder, call: OpCall, operands: _Operands) -> tuple[str, str]:
+    """The result, and the weights."""
     attrs, dtype = call.attrs, call.result_dtype
     heads, kv_heads, head_dim = attrs["heads"], attrs["kv_heads"], attrs["head_dim"]
 
@@ -148,11 +196,16 @@ def _decomposed(builder: GraphBuilder, call: OpCall, operands: _Operands) -> str
         scores = builder.node("Where", allowed, scores, builder.constant(_LOWEST, dtype))
     elif allowed is not None:
         scores = builder.node("Add", scores, _additive(builder, allowed, dtype))
-    out = builder.node("MatMul", builder.node("Softmax", scores, axis=-1), value)
-    if allowed is not None and (operands.mask is not None or operands.bias is not None):
-        out = builder.node("Where", _attends_any(builder, allowed), out, builder.constant(0.0, dtype))
-    out = builder.node("Transpose", out, perm=[0, 2, 1, 3])
-    return builder.node("Reshape", out, builder.ints(0, 0, heads * head_dim))
+    weights = builder.node("Softmax", scores, axis=-1)
+    if allowed is not None and _may_attend_none(operands):
+        weights = builder.node("Where", _attends_any(builder, allowed), weights, builder.constant(0.0, dtype))
+    out = builder.node("Transpose", builder.node("MatMul", weights, value), perm=[0, 2, 1, 3])
+    return builder.node("Reshape", out, builder.ints(0, 0, heads * head_dim)), weights
+
+
+def _may_attend_none(operands: _Operands) -> bool:
+    """Whether there may be queries without a key."""
+    return any(given is not None for given in (operands.mask, operands.bias, operands.lengths))
 
 
 def _repeat_heads(builder: GraphBuilder, x: str, heads: int, kv_heads: int, shape: tuple[int, ...]) -> str:
@@ -193,7 +246,7 @@ def _onnxruntime(builder: GraphBuilder, call: OpCall, operands: _Operands) -> st
     if operands.bias is not None:
         allowed = _finite_bias(builder, call, allowed, operands.bias)
         bias = builder.node("Where", allowed, operands.bias, builder.constant(_LOWEST, dtype))
-    elif attrs["causal"] and allowed is not None:
+    elif allowed is not None and (attrs["causal"] or operands.lengths is not None):
         bias = _additive(builder, allowed, dtype)
     elif (mask := operands.mask) is not None:
 
@@ -209,7 +262,7 @@ def _onnxruntime(builder: GraphBuilder, call: OpCall, operands: _Operands) -> st
         "MultiHeadAttention", operands.query, operands.key, operands.value, "", padding, bias,
         domain="com.microsoft", num_heads=attrs["heads"], scale=_scale(call), mask_filter_value=_LOWEST,
     )  # fmt: skip
-    if allowed is None or (operands.mask is None and operands.bias is None):
+    if allowed is None or not _may_attend_none(operands):
         return out
     any_key = _attends_any(builder, allowed)
     if operands.bias is None:

@@ -41,6 +41,7 @@ class GraphBuilder:
         self.nodes: list[Any] = []
         self.initializers: dict[str, np.ndarray] = {}
         self._weights = weights
+        self._written: dict[int, str] = {}
         self._shared: dict[tuple[Any, ...], str] = {}
         self._names = 0
 
@@ -52,6 +53,8 @@ class GraphBuilder:
     def value(self, name: str) -> str:
         """``name`` itself; a weight of that name is added to the initializers."""
         if name in self._weights:
+            # A weight under a second name, as a tied vocabulary projection has, is written once.
+            name = self._written.setdefault(id(self._weights[name]), name)
             self.initializers.setdefault(name, self._weights[name])
         return name
 
@@ -116,3 +119,11 @@ class GraphBuilder:
         from onnx import helper
 
         self.nodes.append(helper.make_node("Identity", [value], [result], name=self.fresh("identity")))
+
+
+def reduce(builder: GraphBuilder, op_type: str, x: str, axis: int, keepdims: int) -> str:
+    """A reduction over one axis; its axes are an attribute before opset 18, except for ReduceSum."""
+    if op_type == "ReduceSum" or builder.opset >= 18:
+        return builder.node(op_type, x, builder.ints(axis), keepdims=keepdims)
+    attributes: dict[str, Any] = {"axes": [axis], "keepdims": keepdims}
+    return builder.node(op_type, x, **attributes)

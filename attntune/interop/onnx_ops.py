@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from attntune.errors import ExportError
 from attntune.interop.onnx_attention import attention
-from attntune.interop.onnx_graph import GraphBuilder, element_type
+from attntune.interop.onnx_decoder import EMITTERS as DECODER_EMITTERS
+from attntune.interop.onnx_graph import GraphBuilder, element_type, reduce
 from attntune.interop.onnx_recurrent import additive_attention, recurrent
 from attntune.ops.mean_pool import NORM_FLOOR
 
@@ -27,6 +28,7 @@ EMITTERS: dict[str, Emitter] = {
     "additive_attention": additive_attention,
     "gru_sequence": recurrent,
     "lstm_sequence": recurrent,
+    **DECODER_EMITTERS,
 }
 
 
@@ -57,18 +59,24 @@ def emit(builder: GraphBuilder, call: OpCall) -> None:
 
 @emits("linear")
 def linear(builder: GraphBuilder, call: OpCall) -> str:
-    """``activation(x·Wᵀ + bias) + residual``; W keeps its (out_features, in_features) layout in the file."""
+    """``activation(x·Wᵀ + bias) + residual``, gated or not; W keeps its (out_features, in_features) layout."""
     x, weight, *rest = call.args
     extra = iter(rest)
     transposed = builder.shared(("transposed", weight), lambda: builder.node("Transpose", weight, perm=[1, 0]))
-    if call.attrs.get("squeeze"):
-        x = builder.node("Squeeze", x, builder.ints(1))
     y = builder.node("MatMul", x, transposed)
     if call.attrs.get("bias"):
         y = builder.node("Add", y, next(extra))
-    y = activation(builder, call.attrs.get("activation", ""), y, call.result_dtype)
+    gate, up = y, ""
+    if call.attrs.get("gated"):
+        half = int(call.arg_shapes[1][0]) // 2
+        gate, up = builder.nodes_out("Split", y, builder.ints(half, half), outputs=2, axis=-1)
+    y = activation(builder, call.attrs.get("activation", ""), gate, call.result_dtype)
+    if up:
+        y = builder.node("Mul", y, up)
     if call.attrs.get("residual"):
         y = builder.node("Add", y, next(extra))
+    if call.attrs.get("squeeze"):
+        y = builder.node("Squeeze", y, builder.ints(1))
     return y
 
 
@@ -124,30 +132,6 @@ def embedding_norm(builder: GraphBuilder, call: OpCall) -> str:
     return builder.node("LayerNormalization", total, weight, bias, axis=-1, epsilon=float(call.attrs["eps"]))
 
 
-@emits("embedding")
-def embedding(builder: GraphBuilder, call: OpCall) -> str:
-    """``scale · table[ids] + position[p]``; positions count from the start, or back from ``lengths``."""
-    ids, table, *rest = call.args
-    extra = iter(rest)
-    rows = builder.node("Gather", table, ids, axis=0)
-    scale = float(call.attrs.get("scale", 1.0))
-    if scale != 1.0:
-        rows = builder.node("Mul", rows, builder.constant(scale, call.result_dtype))
-    if not call.attrs.get("position"):
-        return rows
-    position = next(extra)
-    count = builder.node("Squeeze", builder.dim(ids, 1), builder.ints(0))
-    at = builder.node("Range", builder.constant(0, "int64"), count, builder.constant(1, "int64"))
-    if call.attrs.get("lengths"):
-        lengths = builder.node("Cast", next(extra), to=element_type("int64"))
-        first = builder.node("Sub", builder.node("Unsqueeze", lengths, builder.ints(1)), builder.dim(ids, 1))
-        at = builder.node("Add", first, at)
-    at = builder.node("Add", at, builder.constant(int(call.attrs.get("position_offset", 0)), "int64"))
-    last = builder.constant(int(call.arg_shapes[2][0]) - 1, "int64")
-    at = builder.node("Max", builder.node("Min", at, last), builder.constant(0, "int64"))
-    return builder.node("Add", rows, builder.node("Gather", position, at, axis=0))
-
-
 @emits("mean_pool")
 def mean_pool(builder: GraphBuilder, call: OpCall) -> str:
     """Mean over unmasked positions, then unit L2 norm."""
@@ -181,6 +165,32 @@ def patchify(builder: GraphBuilder, call: OpCall) -> str:
     return builder.node("Reshape", rows, builder.ints(0, down * across, channels * patch * patch))
 
 
+@emits("unfold")
+def unfold(builder: GraphBuilder, call: OpCall) -> str:
+    """Windows of a padded sequence: one slice for each step of the kernel, side by side."""
+    kernel, stride, padding = (int(call.attrs[name]) for name in ("kernel", "stride", "padding"))
+    x = call.args[0]
+    if call.attrs["layout"] == "bcl":
+        x = builder.node("Transpose", x, perm=[0, 2, 1])
+    if padding:
+        x = builder.node("Pad", x, builder.ints(0, padding, 0, 0, padding, 0))
+    length = builder.dim(x, 1)
+    slices = []
+    for step in range(kernel):
+        # The last window that fits begins kernel - 1 before the end.
+        stop = builder.node("Sub", length, builder.ints(kernel - 1 - step))
+        slices.append(builder.node("Slice", x, builder.ints(step), stop, builder.ints(1), builder.ints(stride)))
+    return builder.node("Concat", *slices, axis=-1)
+
+
+@emits("add_positions")
+def add_positions(builder: GraphBuilder, call: OpCall) -> str:
+    """``x + position[0..seq)``."""
+    x, position = call.args
+    rows = builder.node("Slice", position, builder.ints(0), builder.dim(x, 1), builder.ints(0))
+    return builder.node("Add", x, rows)
+
+
 @emits("prepend_token")
 def prepend_token(builder: GraphBuilder, call: OpCall) -> str:
     """``concat(token, x) + position``."""
@@ -198,11 +208,3 @@ def select_rows(builder: GraphBuilder, call: OpCall) -> str:
     last = builder.node("Sub", builder.dim(x, 1), builder.ints(1))
     inside = builder.node("Max", builder.node("Min", index[0], last), builder.ints(0))
     return builder.node("GatherND", x, builder.node("Unsqueeze", inside, builder.ints(1)), batch_dims=1)
-
-
-def reduce(builder: GraphBuilder, op_type: str, x: str, axis: int, keepdims: int) -> str:
-    """A reduction over one axis; its axes are an attribute before opset 18, except for ReduceSum."""
-    if op_type == "ReduceSum" or builder.opset >= 18:
-        return builder.node(op_type, x, builder.ints(axis), keepdims=keepdims)
-    attributes: dict[str, Any] = {"axes": [axis], "keepdims": keepdims}
-    return builder.node(op_type, x, **attributes)

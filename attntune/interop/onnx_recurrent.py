@@ -120,7 +120,8 @@ def _undo_linear(builder: GraphBuilder, projected: str, wide: int) -> tuple[str,
     transpose = made.get(product.input[1]) if product is not None and product.op_type == "MatMul" else None
     if transpose is None or transpose.op_type != "Transpose" or not builder.has_weight(transpose.input[0]):
         return projected, np.eye(wide, dtype=np.float32), np.zeros(wide, np.float32)
-    assert add is not None and product is not None
+    assert add is not None
+    assert product is not None
     for node in (add, product):
         builder.nodes.remove(node)
     return product.input[0], builder.weight(transpose.input[0]), builder.weight(add.input[1])

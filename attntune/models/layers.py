@@ -66,7 +66,7 @@ class RMSNorm(nn.Module):  # type: ignore[misc]
 
 
 def attention(*operands: Any, maps: list[Any] | None = None, **options: Any) -> Any:
-    """:func:`operators.attention`; its weights (batch, heads, q_len, kv_len) join ``maps`` where there is such a list."""
+    """:func:`operators.attention`; its weights (batch, heads, q_len, kv_len) join ``maps`` if it is a list."""
     if maps is None:
         return op.attention(*operands, **options)
     context, weights = op.attention(*operands, weights=True, **options)
@@ -84,18 +84,31 @@ class SelfAttention(nn.Module):  # type: ignore[misc]
         self.output = Linear(hidden, hidden, dtype=dtype)
 
     def forward(
-        self, x: Any, mask: Any | None, residual: Any, maps: list[Any] | None = None, row: int | None = None
+        self,
+        x: Any,
+        mask: Any | None,
+        residual: Any,
+        maps: list[Any] | None = None,
+        row: int | None = None,
+        lengths: Any | None = None,
     ) -> Any:
-        """X and residual (batch, seq, hidden), mask (batch, seq) → (batch, seq, hidden), or one ``row`` (batch, hidden).
+        """X and residual (batch, seq, hidden), mask (batch, seq) → (batch, seq, hidden), or a ``row`` (batch, hidden).
 
-        ``maps`` collects the attention weights, see :func:`attention`.
+        ``maps`` collects the attention weights, see :func:`attention`. ``lengths`` (batch,): rows past them are zeros.
         """
         context = attention(
-            self.qkv(x), heads=self.heads, head_dim=self.head_dim, mask=mask, causal=self.causal, maps=maps
+            self.qkv(x), heads=self.heads, head_dim=self.head_dim, mask=mask, causal=self.causal, maps=maps,
+            lengths=lengths, length_kind="qkv",
         )  # fmt: skip
         if row is not None:
             context, residual = op.select_rows(context, row), op.select_rows(residual, row)
         return self.output(context, residual)
+
+    def cached(self, x: Any, lengths: Any, keys: Any, values: Any, residual: Any) -> Any:
+        """The last rows of sequences ``lengths`` (batch,) long; caches (batch, context, hidden) gain them in place."""
+        sizes = {"heads": self.heads, "head_dim": self.head_dim}
+        query, keys, values = op.kv_append(self.qkv(x), lengths, keys, values, **sizes, kv_heads=self.heads)
+        return self.output(op.attention(query, keys, values, **sizes, causal=True, lengths=lengths), residual)
 
 
 class FeedForward(nn.Module):  # type: ignore[misc]
@@ -121,9 +134,14 @@ class PostNormEncoderLayer(nn.Module):  # type: ignore[misc]
         self.feed_forward = FeedForward(hidden, inner, activation, dtype)
         self.output_norm = LayerNorm(hidden, eps, dtype)
 
-    def forward(self, x: Any, mask: Any | None, maps: list[Any] | None = None) -> Any:
-        """X (batch, seq, hidden), mask (batch, seq) → (batch, seq, hidden); ``maps``: see :func:`attention`."""
-        x = self.attention_norm(self.attention(x, mask, x, maps))
+    def forward(
+        self, x: Any, mask: Any | None = None, maps: list[Any] | None = None, lengths: Any | None = None
+    ) -> Any:
+        """X (batch, seq, hidden), mask (batch, seq) or lengths (batch,) → (batch, seq, hidden).
+
+        ``maps``: see :func:`attention`.
+        """
+        x = self.attention_norm(self.attention(x, mask, x, maps, lengths=lengths))
         return self.output_norm(self.feed_forward(x, x))
 
 
@@ -137,12 +155,19 @@ class PreNormEncoderLayer(nn.Module):  # type: ignore[misc]
         self.feed_forward_norm = LayerNorm(hidden, eps, dtype)
         self.feed_forward = FeedForward(hidden, inner, activation, dtype)
 
-    def forward(self, x: Any, mask: Any | None = None, maps: list[Any] | None = None, row: int | None = None) -> Any:
-        """X (batch, seq, hidden), mask (batch, seq) → (batch, seq, hidden); of one ``row``, (batch, hidden).
+    def forward(
+        self,
+        x: Any,
+        mask: Any | None = None,
+        maps: list[Any] | None = None,
+        row: int | None = None,
+        lengths: Any | None = None,
+    ) -> Any:
+        """X (batch, seq, hidden), mask (batch, seq) or lengths (batch,) → (batch, seq, hidden); one row: (batch, hidden).
 
         ``maps``: see :func:`attention`.
         """
-        x = self.attention(self.attention_norm(x), mask, x, maps, row)
+        x = self.attention(self.attention_norm(x), mask, x, maps, row, lengths)
         return self.feed_forward(self.feed_forward_norm(x), x)
 
 

@@ -140,6 +140,8 @@ class Model:
     """For models that write one token after another."""
     vocabulary: Mapping[str, Any] | None = None
     """Symbols of a model without a tokenizer, as :class:`attntune.runtime.vocabulary.Vocabulary` reads them."""
+    tokenizer: str | None = None
+    """``tokenizer.json``, where the loader made it from a vocabulary of another kind."""
 
     def entry(self, name: str) -> Entry:
         """The entry point called ``name``; raises :class:`ModelError` naming those there are."""

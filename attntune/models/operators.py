@@ -190,6 +190,19 @@ def patchify(x: Any, *, patch: int) -> Any:
     return emit("patchify", {"patch": patch}, [x], shape, x.dtype)
 
 
+def unfold(x: Any, *, kernel: int, stride: int = 1, padding: int = 0, layout: str = "blc") -> Any:
+    """Windows of x (batch, length, channels), ``"bcl"``: (batch, channels, length) → (batch, steps, kernel·channels)."""
+    batch, length, channels = x.shape if layout == "blc" else (x.shape[0], x.shape[2], x.shape[1])
+    attrs = {"kernel": kernel, "stride": stride, "padding": padding, "layout": layout}
+    shape = (batch, (length + 2 * padding - kernel) // stride + 1, kernel * channels)
+    return emit("unfold", attrs, [x], shape, x.dtype)
+
+
+def add_positions(x: Any, position: Any) -> Any:
+    """X (batch, seq, features) plus the first seq rows of position (positions, features)."""
+    return emit("add_positions", {}, [x, position], x.shape, x.dtype)
+
+
 def prepend_token(x: Any, token: Any, position: Any) -> Any:
     """Token (features,) before each x (batch, seq, features), plus position (1 + seq, features)."""
     batch, seq, features = x.shape

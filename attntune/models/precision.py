@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PRECISIONS = ("float32", "bfloat16", "int8")
 
 #: Operators that can write float32 from bfloat16 operands, as a model's outputs are.
-_WIDENING = ("embedding", "layer_norm", "linear", "mean_pool", "rms_norm", "select_rows")
+_WIDENING = ("add_positions", "embedding", "layer_norm", "linear", "mean_pool", "rms_norm", "select_rows")
 #: Operators whose last two operands, where they have a ``style``, are cosines and sines: float32 at any precision.
 _ROTATING = ("rope", "kv_append")
 _SCALE = ":scale"

@@ -1,8 +1,8 @@
 """RNN encoder-decoders: with one fixed context vector, and with additive attention.
 
-Sources: Sutskever, Vinyals, Le, "Sequence to Sequence Learning with Neural Networks" (2014) and Cho et al. (2014), where
-the encoder's last state is all that the decoder knows of the source; Bahdanau, Cho, Bengio (2014), where it looks back
-at every position.
+Sources: Sutskever, Vinyals, Le, "Sequence to Sequence Learning with Neural Networks" (2014) and Cho et al. (2014),
+where the encoder's last state is all that the decoder knows of the source; Bahdanau, Cho, Bengio (2014), where it looks
+back at every position.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from attntune.errors import WorkloadError
+from attntune.ops.add_positions import AddPositions
 from attntune.ops.additive_attention import AdditiveAttention
 from attntune.ops.attention import Attention
 from attntune.ops.embedding import Embedding
@@ -21,6 +22,7 @@ from attntune.ops.rope import Rope
 from attntune.ops.select_rows import SelectRows
 from attntune.ops.softmax import Softmax
 from attntune.ops.top_k import ArgMax, TopK
+from attntune.ops.unfold import Unfold
 from attntune.ops.workload import TensorSpec, Workload
 
 #: Operators by name. A new operator adds one line here.
@@ -28,6 +30,7 @@ REGISTRY: dict[str, type[Workload]] = {
     cls.op: cls
     for cls in (
         AdditiveAttention,
+        AddPositions,
         ArgMax,
         Attention,
         Embedding,
@@ -45,11 +48,13 @@ REGISTRY: dict[str, type[Workload]] = {
         SelectRows,
         Softmax,
         TopK,
+        Unfold,
     )
 }
 
 __all__ = [
     "REGISTRY",
+    "AddPositions",
     "AdditiveAttention",
     "ArgMax",
     "Attention",
@@ -69,6 +74,7 @@ __all__ = [
     "Softmax",
     "TensorSpec",
     "TopK",
+    "Unfold",
     "Workload",
     "operator",
     "workload_from_key",

@@ -36,8 +36,9 @@ def recurrence(w: Recurrent, operand: Mapping[str, Any]) -> Any:
                     _products(w, sums, gate, weight, states[0], b, operand.get("recurrent_bias"))
 
                 def unit(j: Any) -> None:
-                    fresh = updated(w, [x[b, at, g * w.hidden + j] for g in range(w.gates)],
-                                    [sums[g, j] for g in range(w.gates)], [state[b, j] for state in states])  # fmt: skip
+                    gates = [x[b, at, g * w.hidden + j] for g in range(w.gates)]
+                    before = [state[b, j] for state in states]
+                    fresh = updated(w, gates, [sums[g, j] for g in range(w.gates)], before)
                     # The output first: its expression still reads the cell's old value.
                     for state, value in zip(states, fresh, strict=True):
                         T.buffer_store(state, value, [b, j])

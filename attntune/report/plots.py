@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,19 @@ def _save(figure: Any, stem: Path) -> str:
     figure.savefig(stem.with_suffix(".svg"), facecolor="white", metadata={"Date": None, "Creator": None})
     _pyplot().close(figure)
     return stem.name
+
+
+@contextmanager
+def picture(path: Path, inches: tuple[float, float]) -> Iterator[Any]:
+    """A figure without grid lines, written to ``path`` as PNG when the block ends."""
+    plt = _pyplot()
+    with plt.rc_context({**_STYLE, "axes.grid": False}):
+        figure = plt.figure(figsize=inches)
+        try:
+            yield figure
+            figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
+        finally:
+            plt.close(figure)
 
 
 def plot_speed(comparison: Comparison, stem: Path) -> str | None:

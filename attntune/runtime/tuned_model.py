@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from attntune.runtime.carried import Carried
 from attntune.runtime.inputs import Padded, aligned_zeros, bucket_shape, check_inputs, fit
 from attntune.runtime.kernel_thread import KERNEL_THREAD, device_tensors
 from attntune.target import Target
+
+if TYPE_CHECKING:
+    from attntune.runtime.generation import Generated
 
 _CPU = 1  # kDLCPU
 _POOLED = 2
@@ -93,7 +96,7 @@ class TunedModel:
             InputError: naming the input that is missing, unknown, of the wrong dtype or rank, of a size that
                 contradicts another's, out of range, or too long.
         """
-        signature, planner = self._signature(entry), self._planners[entry]
+        signature, planner = self.require(entry), self._planners[entry]
         torch_out = any(type(value).__module__.split(".")[0] == "torch" for value in inputs.values())
         arrays, dims = check_inputs(signature["inputs"], inputs, self.manifest["name"])
         carried = None
@@ -126,7 +129,7 @@ class TunedModel:
         Raises:
             InputError: no compiled shape is that large.
         """
-        signature = self._signature(entry)
+        signature = self.require(entry)
         bucket = self._planners[entry].choose({"batch": batch, **dims})
         return {
             spec["name"]: aligned_zeros(bucket_shape(spec, bucket), numpy_dtype(spec["dtype"]))
@@ -134,11 +137,25 @@ class TunedModel:
             if spec["name"] in signature.get("updates", {})
         }
 
-    def _signature(self, entry: str) -> Mapping[str, Any]:
-        try:
-            found: Mapping[str, Any] = self.manifest["entries"][entry]
-        except KeyError:
-            raise InputError(f"unknown entry {entry!r}; expected one of {sorted(self.entries)}") from None
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> Generated:
+        """Write on from prompts of token ids; see :func:`attntune.runtime.generation.generate`."""
+        from attntune.runtime.generation import generate
+
+        return generate(self, prompts, **options)
+
+    def require(self, entry: str) -> Mapping[str, Any]:
+        """The manifest's inputs and outputs of an entry.
+
+        Raises:
+            InputError: the artifact has no such entry; it says whether the model has.
+        """
+        if entry not in self.entries:
+            advice = f"expected one of {sorted(self.entries)}"
+            if entry in self.manifest.get("left_out", ()):
+                asked = ",".join([*self.entries, entry])
+                advice = f"compiled only with entries {sorted(self.entries)}; compile it with --entries {asked}"
+            raise InputError(f"{self.manifest['name']}: unknown entry {entry!r}: {advice}")
+        found: Mapping[str, Any] = self.manifest["entries"][entry]
         return found
 
     def _carried(self, entry: str, signature: Mapping[str, Any], inputs: Mapping[str, Any]) -> Carried:

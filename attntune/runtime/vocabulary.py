@@ -6,8 +6,8 @@
      "target": {"tokens": […], "separator": " "}}
 
 ``tokens`` are symbols by id. Of the source: ``unknown`` is the id of what is not among them (null: it is left out),
-``end`` follows the text, and a positive ``length`` is what every text is padded to with zeros that count as text. Of the
-target: ``separator`` stands between symbols.
+``end`` follows the text, and a positive ``length`` is what every text is padded to, with zeros that count as text. Of
+the target: ``separator`` stands between symbols.
 """
 
 from __future__ import annotations

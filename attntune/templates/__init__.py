@@ -17,7 +17,7 @@ from attntune.templates.cpu.layer_norm import LayerNormCPU
 from attntune.templates.cpu.linear import LinearCPU
 from attntune.templates.cpu.mean_pool import MeanPoolCPU
 from attntune.templates.cpu.moves import EmbeddingCPU, KVAppendCPU, RopeCPU, SelectRowsCPU
-from attntune.templates.cpu.patches import PatchifyCPU, PrependTokenCPU
+from attntune.templates.cpu.patches import AddPositionsCPU, PatchifyCPU, PrependTokenCPU, UnfoldCPU
 from attntune.templates.cpu.recurrent import GRUSequenceCPU, LSTMSequenceCPU
 from attntune.templates.cpu.rms_norm import RMSNormCPU
 from attntune.templates.cpu.softmax import SoftmaxCPU
@@ -31,6 +31,7 @@ REGISTRY: tuple[ScheduleTemplate, ...] = (
     AttentionDecodeCPU(),
     AttentionBf16CPU(),
     AttentionCPU(),
+    AddPositionsCPU(),
     ArgMaxCPU(),
     EmbeddingCPU(),
     EmbeddingNormCPU(),
@@ -47,6 +48,7 @@ REGISTRY: tuple[ScheduleTemplate, ...] = (
     SelectRowsCPU(),
     SoftmaxCPU(),
     TopKCPU(),
+    UnfoldCPU(),
 )
 
 #: By kind of target: what schedules an operator that has no template.

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from attntune.ops import (
     AdditiveAttention,
+    AddPositions,
     ArgMax,
     Attention,
     Embedding,
@@ -33,6 +34,7 @@ from attntune.ops import (
     Softmax,
     TensorSpec,
     TopK,
+    Unfold,
     Workload,
 )
 
@@ -200,6 +202,18 @@ def _patchify(w: Patchify, x):
     from torch.nn import functional as F
 
     return F.unfold(x, w.patch, stride=w.patch).transpose(1, 2)
+
+
+def _unfold(w: Unfold, x):
+    from torch.nn import functional as F
+
+    x = x if w.layout == "bcl" else x.transpose(1, 2)
+    windows = F.unfold(x[:, :, None, :], (1, w.kernel), stride=(1, w.stride), padding=(0, w.padding))
+    return windows.reshape(w.batch, w.channels, w.kernel, w.steps).permute(0, 3, 2, 1).flatten(2)
+
+
+def _add_positions(w: AddPositions, x, position):
+    return x + position[: w.seq].expand_as(x)
 
 
 def _prepend_token(w: PrependToken, x, token, position):
@@ -569,6 +583,44 @@ ROWS: dict[str, Row] = {
             patch=st.integers(1, 17),
         ),
         wrong=({"height": 13}, {"patch": 0}, {"dtype": "int8"}),
+    ),
+    "unfold": Row(
+        workloads=(
+            Unfold(2, 13, 37, 3, 2, 1),
+            Unfold(1, 1, 1, 1),
+            Unfold(2, 30, 20, 3, 1, 1, layout="bcl"),
+            Unfold(1, 9, 64, 5, 3, 2, dtype="bfloat16"),
+            Unfold(1, 11, 33, 3, 1, 1, layout="bcl", out_dtype="bfloat16"),
+        ),
+        oracle=_unfold,
+        call=(
+            {"kernel": 3, "stride": 2, "padding": 1, "layout": "bcl"},
+            ((2, 20, 31),),
+            Unfold(2, 31, 20, 3, 2, 1, layout="bcl"),
+        ),
+        drawn=st.builds(
+            Unfold,
+            batch=st.integers(1, 3),
+            length=st.integers(5, 20),
+            channels=st.integers(1, 40),
+            kernel=st.integers(1, 5),
+            stride=st.integers(1, 3),
+            padding=st.integers(0, 2),
+            layout=st.sampled_from(("blc", "bcl")),
+        ),
+        wrong=({"kernel": 16}, {"stride": 0}, {"padding": -1}, {"layout": "lbc"}),
+    ),
+    "add_positions": Row(
+        workloads=(
+            AddPositions(2, 7, 37),
+            AddPositions(1, 1, 1),
+            AddPositions(3, 5, 64, positions=9),
+            AddPositions(1, 6, 33, dtype="bfloat16", out_dtype="float32"),
+        ),
+        oracle=_add_positions,
+        call=({}, ((2, 7, 37), (9, 37)), AddPositions(2, 7, 37, positions=9)),
+        drawn=st.builds(AddPositions, batch=st.integers(1, 3), seq=st.integers(1, 20), features=st.integers(1, 70)),
+        wrong=({"positions": 3}, {"features": 0}, {"dtype": "int8"}),
     ),
     "prepend_token": Row(
         workloads=(

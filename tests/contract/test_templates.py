@@ -117,7 +117,7 @@ class TestEveryTemplate:
         for template in (template_for(workload, target), GENERIC["cpu"]):
             module = template.schedule(workload, target, template.default(workload, target))
             assembly = build(module, target).mod.inspect_source("asm")
-            register = {"x86-64-v3": r"%ymm\d+", "aarch64-neon": r"\bv\d+\.4s"}[name]
+            register = {"x86-64-v3": r"%ymm\d+", "aarch64-neon": r"\b(v\d+\.4s|q\d+)\b"}[name]
             assert re.search(register, assembly)
             assert "%zmm" not in assembly
 

@@ -115,7 +115,8 @@ class GRUSequenceCPU(ScheduleTemplate):
         }
 
     def _recurrent(self, workload: Workload) -> Recurrent:
-        assert isinstance(workload, Recurrent) and workload.op == self.op, f"expected {self.op}, got {workload}"
+        assert isinstance(workload, Recurrent), f"expected {self.op}, got {workload}"
+        assert workload.op == self.op, f"expected {self.op}, got {workload}"
         return workload
 
 

