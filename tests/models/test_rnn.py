@@ -188,6 +188,17 @@ def test_logits_and_attention_match_the_network_in_pytorch(netra, netra_dir):
     np.testing.assert_allclose(weights[:, 0], shares, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_generation_loop_runs_it_too(netra, g2p, beams):
+    for tuned, word, expected in ((netra, "srolanh", "ស្រឡាញ់"), (g2p, "attention", "AH0 T EH1 N SH AH0 N")):
+        vocabulary = Vocabulary.load(tuned.folder / "vocabulary.json")
+        ids, lengths = vocabulary.encode([word])
+        source = {"input_ids": ids, "source_lengths": lengths}
+        stop = tuned.manifest["generation"]["stop"]
+        found = tuned.generate([[]], source=source, beams=beams, max_new_tokens=20)
+        assert vocabulary.decode([token for token in found.tokens[0] if token not in stop]) == expected
+
+
 # -- any encoder-decoder ----------------------------------------------------------------------------------------------
 
 SMALL = {
