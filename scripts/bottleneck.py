@@ -25,11 +25,11 @@ from attntune.models import encoder_decoder, rnn
 from attntune.models.model import Generation
 
 PAD, START, STOP, FIRST = 0, 1, 2, 3
-SYMBOLS = 16
+SYMBOLS = 32
 VOCAB = FIRST + SYMBOLS
-LONGEST = 32
-HIDDEN = 128
-LENGTHS = (4, 8, 12, 16, 20, 24, 28, 32)
+LONGEST = 48
+HIDDEN = 64
+LENGTHS = (4, 8, 16, 24, 32, 40, 48)
 SOURCES = (16, 32, 64, 128, 256)
 KINDS = {"fixed": "GRU, fixed context", "additive": "GRU, additive attention", "transformer": "Transformer"}
 
@@ -38,8 +38,8 @@ def config(kind):
     """Sizes; the two GRUs have the same number of units in the decoder."""
     if kind == "transformer":
         return encoder_decoder.EncoderDecoderConfig(
-            vocab_size=VOCAB, source_vocab_size=VOCAB, hidden_size=HIDDEN // 2, heads=4, encoder_layers=2,
-            decoder_layers=2, inner=HIDDEN * 2, source_positions=max(SOURCES), positions=max(SOURCES), norm_first=True,
+            vocab_size=VOCAB, source_vocab_size=VOCAB, hidden_size=HIDDEN, heads=4, encoder_layers=2,
+            decoder_layers=2, inner=4 * HIDDEN, source_positions=max(SOURCES), positions=max(SOURCES), norm_first=True,
         )  # fmt: skip
     attention = kind == "additive"
     units = HIDDEN // 2 if attention else HIDDEN
