@@ -234,7 +234,7 @@ def plot(results, folder):
 def main():
     """Train, compile, measure, plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the results")
+    parser.add_argument("--out", type=Path, default=Path("results/bottleneck"), help="folder of the results")
     parser.add_argument(
         "--steps", type=int, default=4000, help="batches a GRU is trained on; a Transformer twice as many"
     )
