@@ -58,6 +58,14 @@ class GraphBuilder:
             self.initializers.setdefault(name, self._weights[name])
         return name
 
+    def has_weight(self, name: str) -> bool:
+        """Whether ``name`` is a weight."""
+        return name in self._weights
+
+    def weight(self, name: str) -> np.ndarray:
+        """The weight ``name``, for an operator that wants it in another layout."""
+        return self._weights[name]
+
     def node(self, op_type: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
         """Append a node with one output and return the output's name."""
         return self.nodes_out(op_type, *inputs, outputs=1, domain=domain, **attributes)[0]

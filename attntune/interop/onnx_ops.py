@@ -14,6 +14,7 @@ from attntune.errors import ExportError
 from attntune.interop.onnx_attention import attention
 from attntune.interop.onnx_decoder import EMITTERS as DECODER_EMITTERS
 from attntune.interop.onnx_graph import GraphBuilder, element_type, reduce
+from attntune.interop.onnx_recurrent import additive_attention, recurrent
 from attntune.ops.mean_pool import NORM_FLOOR
 
 if TYPE_CHECKING:
@@ -22,7 +23,13 @@ if TYPE_CHECKING:
 Emitter = Callable[[GraphBuilder, "OpCall"], str | tuple[str, ...]]
 
 #: Emitters by operator name.
-EMITTERS: dict[str, Emitter] = {"attention": attention, **DECODER_EMITTERS}
+EMITTERS: dict[str, Emitter] = {
+    "attention": attention,
+    "additive_attention": additive_attention,
+    "gru_sequence": recurrent,
+    "lstm_sequence": recurrent,
+    **DECODER_EMITTERS,
+}
 
 
 def emits(op: str) -> Callable[[Emitter], Emitter]:

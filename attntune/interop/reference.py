@@ -73,6 +73,9 @@ def sample_inputs(
         shape = bind(tensor.dims, dims)
         if "mask" in tensor.name:
             inputs[tensor.name] = _mask(shape, mask, rng).astype(tensor.dtype)
+        elif tensor.name == "source_lengths":
+            rows = _mask((dims["batch"], dims["source"]), mask, rng)
+            inputs[tensor.name] = rows.sum(axis=1).astype(tensor.dtype)
         elif tensor.dtype.startswith("int"):
             inputs[tensor.name] = rng.integers(0, tensor.upper or 1, shape, dtype=np.int64).astype(tensor.dtype)
         else:

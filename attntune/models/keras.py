@@ -1,7 +1,7 @@
 """Keras files: ``.keras`` (a zip of JSON and HDF5) and whole models in ``.h5``; GRU encoder-decoders with attention.
 
-Nothing in a file is executed: the architecture is JSON, the weights are arrays, and of a pickle with tokenizers beside it
-only plain data is taken.
+Nothing in a file is executed: the architecture is JSON, the weights are arrays, and of a pickle with tokenizers beside
+it only plain data is taken.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def _gru(name: str, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-# -- tokenizers ---------------------------------------------------------------------------------------------------------
+# -- tokenizers -------------------------------------------------------------------------------------------------------
 
 
 class _Inert:

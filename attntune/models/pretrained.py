@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from attntune.errors import ModelError
-from attntune.models import bert, decoder, gguf, gpt2, llama, vit
+from attntune.models import bert, decoder, g2p, gguf, gpt2, keras, llama, vit
 from attntune.models.config import integers
 from attntune.models.model import Model
 
@@ -59,19 +59,42 @@ LOADERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, np.ndarray], Path],
 }
 
 
+#: Loaders of checkpoints in one file, by how its name ends.
+FILES: dict[str, Callable[[Path], Model]] = {
+    ".gguf": gguf.load,
+    ".npz": g2p.load,
+    **dict.fromkeys((".keras", ".h5", ".hdf5"), keras.load),
+}
+
+
+def _checkpoint(path: Path) -> Path | None:
+    """``path`` itself, or the one file of a kind in :data:`FILES` of a directory without ``config.json``."""
+    if path.suffix in FILES and not path.is_dir():
+        return path
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    found = sorted(file for file in path.iterdir() if file.suffix in FILES)
+    if len(found) > 1:
+        raise ModelError(f"{path}: expected one checkpoint, got {[file.name for file in found]}; name one of them")
+    return found[0] if found else None
+
+
 def from_pretrained(path: str | Path) -> Model:
     """Load a model from a directory, or from a Hugging Face hub id where there is a network.
 
     Args:
-        path: a directory with ``config.json`` and ``model.safetensors``; a ``.gguf`` file; or an id such as
+        path: a directory with ``config.json`` and ``model.safetensors``; a file ending in one of
+            :data:`FILES` (GGUF, Keras, g2p-en's ``.npz``), or a directory that holds just one; or an id such as
             ``"sentence-transformers/all-MiniLM-L6-v2"``, downloaded with ``huggingface_hub``.
 
     Raises:
         ModelError: when a file or field is missing, or the model family or one of its options is not supported.
     """
     directory = Path(path)
-    if directory.suffix == ".gguf":
-        return gguf.load(directory)
+    if file := _checkpoint(directory):
+        model = FILES[file.suffix](file)
+        model.directory = model.directory or file.parent
+        return model
     if not directory.is_dir():
         directory = _download(str(path))
     config_path = directory / "config.json"

@@ -1,8 +1,8 @@
 """RNN encoder-decoders: with one fixed context vector, and with additive attention.
 
-Sources: Sutskever, Vinyals, Le, "Sequence to Sequence Learning with Neural Networks" (2014) and Cho et al. (2014), where
-the encoder's last state is all that the decoder knows of the source; Bahdanau, Cho, Bengio (2014), where it looks back
-at every position.
+Sources: Sutskever, Vinyals, Le, "Sequence to Sequence Learning with Neural Networks" (2014) and Cho et al. (2014),
+where the encoder's last state is all that the decoder knows of the source; Bahdanau, Cho, Bengio (2014), where it looks
+back at every position.
 """
 
 from __future__ import annotations
@@ -230,7 +230,8 @@ def _module(c: RNNConfig) -> Any:
         def attend(self, input_ids: Any, source_lengths: Any, decoder_input_ids: Any) -> tuple[Any, ...]:
             encoded = self.encoder(input_ids, source_lengths)
             state, memory = (None, encoded) if c.attention else (encoded, None)
-            return self.decoder(decoder_input_ids, state, memory, source_lengths)
+            found: tuple[Any, ...] = self.decoder(decoder_input_ids, state, memory, source_lengths)
+            return found
 
         def forward(self, input_ids: Any, source_lengths: Any, decoder_input_ids: Any) -> Any:
             return self.attend(input_ids, source_lengths, decoder_input_ids)[0]

@@ -27,8 +27,7 @@ def recurrence(w: Recurrent, operand: Mapping[str, Any]) -> Any:
         with T.serial(w.batch) as b:
             for name, state in zip(w.states, states, strict=True):
                 start = operand.get(f"initial_{name}")
-                along(w.hidden, _LANES, lambda j, s=state, i=start: T.buffer_store(s, zero if i is None else i[b, j],
-                                                                                   [b, j]))  # fmt: skip
+                assign(state, [b], w.hidden, _LANES, constant(zero) if start is None else row_of(start, b))
             length = ending(w, operand, b)
 
             def step(s: Any, b: Any = b, length: Any = length) -> None:
@@ -37,8 +36,9 @@ def recurrence(w: Recurrent, operand: Mapping[str, Any]) -> Any:
                     _products(w, sums, gate, weight, states[0], b, operand.get("recurrent_bias"))
 
                 def unit(j: Any) -> None:
-                    fresh = updated(w, [x[b, at, g * w.hidden + j] for g in range(w.gates)],
-                                    [sums[g, j] for g in range(w.gates)], [state[b, j] for state in states])  # fmt: skip
+                    gates = [x[b, at, g * w.hidden + j] for g in range(w.gates)]
+                    before = [state[b, j] for state in states]
+                    fresh = updated(w, gates, [sums[g, j] for g in range(w.gates)], before)
                     # The output first: its expression still reads the cell's old value.
                     for state, value in zip(states, fresh, strict=True):
                         T.buffer_store(state, value, [b, j])
@@ -54,7 +54,7 @@ def recurrence(w: Recurrent, operand: Mapping[str, Any]) -> Any:
                         with T.Then():
                             step(s)
                         with T.Else():
-                            along(w.hidden, _LANES, lambda j: T.buffer_store(outputs, zero, [b, s, j]))
+                            assign(outputs, [b, s], w.hidden, _LANES, constant(zero))
     return builder.get()
 
 
@@ -110,13 +110,29 @@ def along(extent: int, lanes: int, body: Callable[[Any], None]) -> None:
         width //= 2
 
 
+def assign(buffer: Any, lead: list[Any], extent: int, lanes: int, value: Callable[[Any], Any]) -> None:
+    """``buffer[*lead, j] = value(j)`` for each j below ``extent``."""
+    from tvm.tirx.script.builder import ir as T
+
+    along(extent, lanes, lambda j: T.buffer_store(buffer, value(j), [*lead, j]))
+
+
+def row_of(buffer: Any, *lead: Any) -> Callable[[Any], Any]:
+    """``j → buffer[*lead, j]``."""
+    return lambda j: buffer[(*lead, j)]
+
+
+def constant(value: Any) -> Callable[[Any], Any]:
+    """``j → value``."""
+    return lambda j: value
+
+
 def _products(w: Recurrent, sums: Any, gate: int, weight: Any, state: Any, b: Any, bias: Any) -> None:
     from tvm import tirx
     from tvm.tirx.script.builder import ir as T
 
     row = gate * w.hidden
-    start = (lambda j: bias[row + j]) if bias is not None else (lambda j: tirx.const(0.0, "float32"))
-    along(w.hidden, _LANES, lambda j: T.buffer_store(sums, start(j), [gate, j]))
+    zero = tirx.const(0.0, "float32")
+    assign(sums, [gate], w.hidden, _LANES, constant(zero) if bias is None else lambda j: bias[row + j])
     with T.serial(w.hidden) as k:
-        along(w.hidden, _LANES, lambda j: T.buffer_store(
-            sums, sums[gate, j] + weight[row + j, k] * state[b, k], [gate, j]))  # fmt: skip
+        assign(sums, [gate], w.hidden, _LANES, lambda j: sums[gate, j] + weight[row + j, k] * state[b, k])

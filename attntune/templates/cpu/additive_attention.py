@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 from attntune.ops.additive_attention import LOWEST, AdditiveAttention
@@ -123,6 +124,7 @@ class _Kernel:
         query, key, scale = self.operand["query"], self.operand["key"], self.operand.get("scale")
         acc = T.sblock_alloc_buffer((self.keys, v.lanes), "float32", scope="local")
         whole, left = divmod(w.dim, v.lanes)
+        lowest = tirx.const(LOWEST, "float32")
 
         def add(t: int, j: Any, start: Any, width: int) -> None:
             with T.vectorized(width) as lane:
@@ -147,8 +149,11 @@ class _Kernel:
             for t in range(self.keys):
                 j = block * self.keys + t
                 v.store(acc, [t, 0], v.fold(v.load(acc, [t, 0]), lambda a, c: a + c))
-                self._if_seen(b, j, lambda t=t, j=j: T.buffer_store(scores, acc[t, 0], [j]),
-                              lambda j=j: T.buffer_store(scores, tirx.const(LOWEST, "float32"), [j]))  # fmt: skip
+                seen, hidden = (
+                    partial(T.buffer_store, scores, acc[t, 0], [j]),
+                    partial(T.buffer_store, scores, lowest, [j]),
+                )
+                self._if_seen(b, j, seen, hidden)
 
     def _softmax(self, scores: Any, b: Any, i: Any) -> None:
         """Scores to weights, in place and in the result."""

@@ -13,6 +13,12 @@ Loop nest, outermost first:
 
 The weights of a layer of 256 units (768 KiB) stay in the second-level cache from position to position. Cores share out
 sequences, never units: meeting at every position would cost more than it gains at these sizes.
+
+Default configs, hot, 2 cores of Zen 4 (``torch.nn.GRU``, input projection included, on the same busy machine):
+
+    batch 1, seq 32, hidden 256   239-266 µs, 50 GFLOP/s: the weight streams from the second-level cache   (1.2-1.9 ms)
+    batch 8, seq 32, hidden 256   639-694 µs, 150 GFLOP/s                                                 (4.6-4.9 ms)
+    batch 1, seq 25, hidden 64    13 µs, 47 GFLOP/s: the gates' polynomials one after another             (0.3-0.5 ms)
 """
 
 from __future__ import annotations
@@ -115,7 +121,8 @@ class GRUSequenceCPU(ScheduleTemplate):
         }
 
     def _recurrent(self, workload: Workload) -> Recurrent:
-        assert isinstance(workload, Recurrent) and workload.op == self.op, f"expected {self.op}, got {workload}"
+        assert isinstance(workload, Recurrent), f"expected {self.op}, got {workload}"
+        assert workload.op == self.op, f"expected {self.op}, got {workload}"
         return workload
 
 

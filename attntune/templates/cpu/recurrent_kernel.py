@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from attntune.ops.recurrent import Recurrent
-from attntune.ops.recurrent_expression import along, ending, updated
+from attntune.ops.recurrent_expression import along, assign, constant, ending, row_of, updated
 from attntune.search.space import Config
 from attntune.target import Target
 from attntune.templates.cpu.vectors import Vectors
@@ -67,10 +67,9 @@ class RecurrentKernel:
         for name, state in zip(w.states, states, strict=True):
             start = self.operand.get(f"initial_{name}")
             for a in range(rows):
-                along(width, self.lanes, lambda j, s=state, a=a: T.buffer_store(s, zero, [0, a, j]))
+                assign(state, [0, a], width, self.lanes, constant(zero))
                 if start is not None:
-                    along(w.hidden, self.lanes,
-                          lambda j, s=state, a=a, i=start: T.buffer_store(s, i[first + a, j], [0, a, j]))  # fmt: skip
+                    assign(state, [0, a], w.hidden, self.lanes, row_of(start, first + a))
         with T.serial(w.seq) as s:
             now = s % 2
             self._products(states[0], now, sums, rows)
@@ -78,8 +77,8 @@ class RecurrentKernel:
                 self._row(first + a, a, s, states, sums, fresh)
         for name, state in zip(w.states, states, strict=True):
             for a in range(rows):
-                along(w.hidden, self.lanes, lambda j, n=name, s=state, a=a: T.buffer_store(
-                    self.operand[n], s[w.seq % 2, a, j], [first + a, j]))  # fmt: skip
+                last = row_of(state, w.seq % 2, a)
+                assign(self.operand[name], [first + a], w.hidden, self.lanes, last)
 
     # -- products ------------------------------------------------------------------------------------------------------
 
@@ -149,10 +148,9 @@ class RecurrentKernel:
                 self._update(b, a, s, length, states, sums, fresh)
             with T.Else():
                 zero = tirx.const(0.0, "float32")
-                along(w.hidden, self.lanes, lambda j: T.buffer_store(self.operand["outputs"], zero, [b, s, j]))
+                assign(self.operand["outputs"], [b, s], w.hidden, self.lanes, constant(zero))
                 for state in states:
-                    along(w.hidden, self.lanes, lambda j, x=state: T.buffer_store(
-                        x, x[s % 2, a, j], [(s + 1) % 2, a, j]))  # fmt: skip
+                    assign(state, [(s + 1) % 2, a], w.hidden, self.lanes, row_of(state, s % 2, a))
 
     def _update(self, b: Any, a: int, s: Any, length: Any, states: list[Any], sums: Any, fresh: Any) -> None:
         from tvm.tirx.script.builder import ir as T

@@ -1,0 +1,300 @@
+"""Two claims about attention as curves: it removes the fixed context's bottleneck, and self-attention parallelises.
+
+Trains three small encoder-decoders in PyTorch to reverse sequences of symbols: a GRU with one fixed context vector, a
+GRU with additive attention, and a Transformer. Each is then tuned and compiled with attntune; accuracy (of tokens
+written greedily) and latency (of reading the source, and of writing each token) are measured against length.
+
+Results: OUT/bottleneck.json and two plots beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import attntune
+from attntune.measure.machine import versions
+from attntune.models import encoder_decoder, rnn
+from attntune.models.model import Generation
+
+PAD, START, STOP, FIRST = 0, 1, 2, 3
+SYMBOLS = 32
+VOCAB = FIRST + SYMBOLS
+LONGEST = 48
+HIDDEN = 64
+LENGTHS = (4, 8, 16, 24, 32, 40, 48)
+SOURCES = (16, 32, 64, 128, 256)
+KINDS = {"fixed": "GRU, fixed context", "additive": "GRU, additive attention", "transformer": "Transformer"}
+#: Batches by kind, in multiples of --steps: a Transformer is longer on its plateau.
+STEPS = {"fixed": 1, "additive": 1, "transformer": 2}
+
+
+def config(kind):
+    """Sizes; the two GRUs have the same number of units in the decoder."""
+    if kind == "transformer":
+        return encoder_decoder.EncoderDecoderConfig(
+            vocab_size=VOCAB, source_vocab_size=VOCAB, hidden_size=HIDDEN, heads=4, encoder_layers=2,
+            decoder_layers=2, inner=4 * HIDDEN, source_positions=max(SOURCES), positions=max(SOURCES), norm_first=True,
+        )  # fmt: skip
+    attention = kind == "additive"
+    units = HIDDEN // 2 if attention else HIDDEN
+    return rnn.RNNConfig(VOCAB, VOCAB, 32, 32, units, HIDDEN, bidirectional=attention, attention=attention)
+
+
+def batch(rng, rows, length):
+    """Random symbols (rows, length), and the same in reverse order."""
+    source = rng.integers(FIRST, VOCAB, (rows, length))
+    return source, source[:, ::-1].copy()
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def gru(w, name, x, state=None, *, reverse=False):
+    """torch's GRU with weights by attntune's names; x (batch, seq, features)."""
+    names = ("input.weight", "recurrent_weight", "input.bias", "recurrent_bias")
+    flat = [w[f"{name}.{part}"] for part in names]
+    start = x.new_zeros(1, x.shape[0], flat[1].shape[1]) if state is None else state[None]
+    y, last = torch._VF.gru(x.flip(1) if reverse else x, start, flat, True, 1, 0.0, True, False, True)
+    return (y.flip(1) if reverse else y), last[0]
+
+
+def rnn_logits(w, c, source, target):
+    """Logits (batch, seq, vocab) of either GRU."""
+    x = w["encoder.embedding"][source]
+    outputs, state = gru(w, "encoder.gru", x)
+    inputs = w["decoder.embedding"][target]
+    if not c.attention:
+        states, _ = gru(w, "decoder.gru", inputs, state)
+        return F.linear(states, w["decoder.output.weight"], w["decoder.output.bias"])
+    back, _ = gru(w, "encoder.reverse_gru", x, reverse=True)
+    memory = F.linear(outputs, w["encoder.memory.weight"], w["encoder.memory.bias"])
+    memory = memory + F.linear(back, w["encoder.reverse_memory.weight"])
+    states, _ = gru(w, "decoder.gru", inputs)
+    scores = torch.tanh(states[:, :, None] + memory[:, None]) @ w["decoder.scale"]
+    context = torch.softmax(scores, -1) @ memory
+    logits = F.linear(states, w["decoder.output.weight"], w["decoder.output.bias"])
+    return logits + F.linear(context, w["decoder.context.weight"])
+
+
+def transformer_logits(w, c, source, target):
+    """Logits (batch, seq, vocab) of the pre-norm Transformer."""
+
+    def linear(x, name):
+        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def norm(x, name):
+        return F.layer_norm(x, (c.hidden_size,), w[f"{name}.weight"], w[f"{name}.bias"], c.eps)
+
+    def attend(q, k, v, name, causal=False):
+        q, k, v = (t.unflatten(-1, (c.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        return linear(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2), name)
+
+    def self_attention(x, at, causal):
+        packed = linear(norm(x, f"{at}attention_norm"), f"{at}attention.qkv")
+        return x + attend(*packed.chunk(3, -1), f"{at}attention.output", causal)
+
+    def feed_forward(x, at):
+        inner = torch.relu(linear(norm(x, f"{at}feed_forward_norm"), f"{at}feed_forward.up"))
+        return x + linear(inner, f"{at}feed_forward.down")
+
+    x = w["encoder.table"][source] + w["encoder.position"][: source.shape[1]]
+    for index in range(c.encoder_layers):
+        x = feed_forward(self_attention(x, f"encoder.layers.{index}.", False), f"encoder.layers.{index}.")
+    memory = norm(x, "encoder.norm")
+    x = w["decoder.table"][target] + w["decoder.position"][: target.shape[1]]
+    for index in range(c.decoder_layers):
+        at = f"decoder.layers.{index}."
+        x = self_attention(x, at, True)
+        query = linear(norm(x, f"{at}cross_attention_norm"), f"{at}cross_attention.query")
+        keys, values = (linear(memory, f"{at}cross_attention.{part}") for part in ("key", "value"))
+        x = feed_forward(x + attend(query, keys, values, f"{at}cross_attention.output"), at)
+    return F.linear(norm(x, "decoder.norm"), w["head.weight"])
+
+
+def train(kind, steps, rows, seed):
+    """Weights by name after ``steps`` batches of one length each, drawn up to the longest."""
+    c = config(kind)
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    w = {}
+    for name, shape in c.shapes().items():
+        if name.endswith("position"):
+            w[name] = torch.from_numpy(encoder_decoder.sinusoids(*shape))
+            continue
+        value = torch.randn(shape) / (shape[-1] ** 0.5 if len(shape) > 1 else 1.0)
+        if len(shape) == 1:
+            value = torch.ones(shape) if name.endswith("norm.weight") or name == "decoder.scale" else torch.zeros(shape)
+        w[name] = value.requires_grad_()
+    logits = transformer_logits if kind == "transformer" else rnn_logits
+    trained = [value for value in w.values() if value.requires_grad]
+    peak = 1e-3 if kind == "transformer" else 3e-3
+    optimizer = torch.optim.Adam(trained, lr=peak)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.1)
+    started = time.perf_counter()
+    for step in range(steps):
+        # Short sequences first: from the start at full length, neither GRU leaves the plateau within minutes.
+        most = min(LONGEST, 4 + int(LONGEST * 2 * step / steps))
+        source, target = batch(rng, rows, int(rng.integers(2, most + 1)))
+        given = np.concatenate([np.full((rows, 1), START), target], 1)
+        wanted = np.concatenate([target, np.full((rows, 1), STOP)], 1)
+        found = logits(w, c, torch.from_numpy(source), torch.from_numpy(given))
+        loss = F.cross_entropy(found.flatten(0, 1), torch.from_numpy(wanted).flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 200 == 0 or step == steps - 1:
+            print(f"{kind}: step {step}, loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+    return {name: value.detach().numpy() for name, value in w.items()}
+
+
+def model(kind, weights):
+    """The attntune model."""
+    c = config(kind)
+    if kind != "transformer":
+        generation = Generation("rnn", start=(START,), stop=(STOP,))
+        built = rnn.build(c, weights, kind, generation=generation)
+        built.max_lengths = {}
+        return built
+    generation = Generation("encoder-decoder", start=(START,), stop=(STOP,), max_length=c.positions)
+    return encoder_decoder.build(c, weights, kind, family="transformer", generation=generation, shapes=())
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def source_inputs(source):
+    """Inputs of the entry encode."""
+    return {"input_ids": source, "source_lengths": np.full(len(source), source.shape[1], np.int32)}
+
+
+def accuracy(tuned, length, rows, seed):
+    """Share of tokens right, and of sequences wholly right, written greedily."""
+    source, target = batch(np.random.default_rng([seed, length]), rows, length)
+    written = tuned.generate([[]] * rows, source=source_inputs(source), max_new_tokens=length + 1).tokens
+    right = np.zeros((rows, length), bool)
+    for row, tokens in enumerate(written):
+        kept = np.array([token for token in tokens if token != STOP][:length])
+        right[row, : len(kept)] = kept == target[row, : len(kept)]
+    return float(right.mean()), float(right.all(1).mean())
+
+
+def latencies(tuned, length, samples):
+    """Milliseconds: of reading a source of ``length``, and of each token written after it."""
+    source, _ = batch(np.random.default_rng(length), 1, length)
+    inputs = source_inputs(source)
+    read = []
+    for _ in range(samples + 3):
+        started = time.perf_counter()
+        tuned.run("encode", **inputs)
+        read.append(1e3 * (time.perf_counter() - started))
+    found = [tuned.generate([[]], source=inputs, max_new_tokens=32, stop=()) for _ in range(4)][1:]
+    written = [1e3 * one.decode_secs / max(one.decode_steps, 1) for one in found]
+    return {"read_ms": read[3:], "token_ms": written}
+
+
+def plot(results, folder):
+    """Accuracy against length, and latency against length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for kind, label in KINDS.items():
+        rows = results["models"][kind]["accuracy"]
+        axis.plot([row["length"] for row in rows], [100 * row["tokens"] for row in rows], marker="o", label=label)
+    axis.set(xlabel="sequence length", ylabel="tokens right, %", ylim=(0, 102), title="Reversing a sequence")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(folder / "bottleneck-accuracy.png", dpi=150)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for axis, field, title in zip(
+        axes, ("read_ms", "token_ms"), ("Reading the source", "Writing one token"), strict=True
+    ):
+        for kind, label in KINDS.items():
+            rows = results["models"][kind]["latency"]
+            axis.plot([row["length"] for row in rows], [statistics.median(row[field]) for row in rows], marker="o",
+                      label=label)  # fmt: skip
+        axis.set(xlabel="source length", ylabel="ms", title=title, xscale="log", yscale="log")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(folder / "bottleneck-latency.png", dpi=150)
+
+
+def main():
+    """Train, compile, measure, plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results/bottleneck"), help="folder of the results")
+    parser.add_argument(
+        "--steps", type=int, default=4000, help="batches a GRU is trained on; a Transformer twice as many"
+    )
+    parser.add_argument("--rows", type=int, default=64, help="sequences of a batch")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of tuning for each model; 0: default schedules")
+    parser.add_argument("--weights", type=Path, help="folder of trained weights, kept there and used again")
+    parser.add_argument("--only", choices=list(KINDS), help="train this one into --weights and stop")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.only and not given.weights:
+        parser.error("--only needs --weights")
+    given.out.mkdir(parents=True, exist_ok=True)
+    results = {
+        "task": "reverse", "symbols": SYMBOLS, "trained_up_to": LONGEST, "rows": given.rows, "seed": given.seed,
+        "versions": versions(), "models": {},
+    }  # fmt: skip
+    for kind in [given.only] if given.only else KINDS:
+        steps = given.steps * STEPS[kind]
+        stored = given.weights / f"{kind}-{steps}-{given.seed}.npz" if given.weights else None
+        if stored is not None and stored.is_file():
+            weights = dict(np.load(stored))
+        else:
+            weights = train(kind, steps, given.rows, given.seed)
+            if stored is not None:
+                stored.parent.mkdir(parents=True, exist_ok=True)
+                np.savez(stored, **weights)
+        if given.only:
+            continue
+        built = model(kind, weights)
+        entries = [name for name in ("encode", "prefill", "decode") if name in built.entries]
+        shapes = [{"batch": b, "source": s, "seq": 16, "context": 64} for b, s in
+                  [(64, LONGEST), *((1, s) for s in SOURCES)]]  # fmt: skip
+        shapes = [{name: size for name, size in shape.items() if kind == "transformer" or name != "context"}
+                  for shape in shapes]  # fmt: skip
+        database = given.out / "bottleneck-tuning.jsonl"
+        if given.seconds:
+            attntune.tune(built, seconds=given.seconds, database=database, shapes=shapes[1:])
+        artifact = attntune.compile(built, shapes=shapes, entries=entries, database=database if given.seconds else None)
+        path = artifact.save(given.weights / f"{kind}.attn" if given.weights else given.out / f"{kind}.attn")
+        tuned = attntune.load(path)
+        results["models"][kind] = {
+            "steps": steps,
+            "parameters": int(sum(value.size for value in weights.values())),
+            "accuracy": [
+                dict(zip(("length", "tokens", "sequences"), (n, *accuracy(tuned, n, 64, given.seed)), strict=True))
+                for n in LENGTHS
+            ],
+            "latency": [{"length": n, **latencies(tuned, n, 30)} for n in SOURCES],
+        }
+        for row in results["models"][kind]["accuracy"]:
+            print(f"{kind}: length {row['length']}: {100 * row['tokens']:.1f} % of tokens", flush=True)
+        for row in results["models"][kind]["latency"]:
+            print(f"{kind}: source {row['length']}: {statistics.median(row['read_ms']):.3f} ms to read, "
+                  f"{statistics.median(row['token_ms']):.3f} ms a token", flush=True)  # fmt: skip
+    if not given.only:
+        (given.out / "bottleneck.json").write_text(json.dumps(results, indent=1))
+        plot(results, given.out)
+
+
+if __name__ == "__main__":
+    main()
