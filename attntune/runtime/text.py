@@ -6,13 +6,14 @@ An artifact holds ``tokenizer.json`` and, of chat models, ``tokenizer_config.jso
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from attntune.errors import InputError
+from attntune.runtime.generation import Generated, stream
 from attntune.runtime.vocabulary import VOCABULARY, Vocabulary
 
 _BROKEN = "\ufffd"
@@ -178,3 +179,40 @@ def _tokenizer(path: Path) -> Any:
     found.no_padding()
     found.no_truncation()
     return found
+
+
+def stream_text(
+    tuned: Any, codec: Codec, prompts: Sequence[Sequence[int]], *, stop: Sequence[str] = (),
+    timings: Generated | None = None, **options: Any,
+) -> Iterator[tuple[int, str]]:  # fmt: skip
+    """Pairs of row and piece of text as they are written; whatever the pieces join to is the row's text.
+
+    Args:
+        tuned: see :func:`attntune.runtime.generation.stream`.
+        codec: of the model.
+        prompts: token ids by row.
+        stop: strings before which a row's text ends.
+        timings: where the row's token ids, up to the one that completed a stop string, and times are put.
+        options: more of :func:`attntune.runtime.generation.stream`, whose errors come at once.
+    """
+    rows = [TextStream(codec, stop) for _ in prompts]
+    tokens = stream(tuned, prompts, timings=timings, **options)
+    return _pieces(tokens, rows, timings)
+
+
+def _pieces(
+    tokens: Iterator[tuple[int, int]], rows: Sequence[TextStream], timings: Generated | None
+) -> Iterator[tuple[int, str]]:
+    for row, token in tokens:
+        shown = rows[row]
+        if shown.stopped:
+            continue
+        if timings is not None:
+            timings.tokens[row].append(token)
+        if piece := shown.push(token):
+            yield row, piece
+        if all(text.stopped for text in rows):
+            return
+    for row, shown in enumerate(rows):
+        if piece := shown.flush():
+            yield row, piece
