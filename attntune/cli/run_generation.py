@@ -73,6 +73,7 @@ def run_generation(
             length_penalty=options.length_penalty,
         )  # fmt: skip
         written = [codec.decode(tokens) for tokens in found.tokens]
+        written = [text.lstrip() for text in written] if source else written
     else:
         found = Generated([[] for _ in prompts], prompt_tokens=sum(map(len, prompts)))
         sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
