@@ -104,8 +104,10 @@ def compile(
         index = write_weights(folder / WEIGHTS, packed)
         if model.tokenizer is not None:
             (folder / "tokenizer.json").write_text(model.tokenizer, encoding="utf-8")
-        elif model.directory is not None and (model.directory / "tokenizer.json").is_file():
-            shutil.copyfile(model.directory / "tokenizer.json", folder / "tokenizer.json")
+        elif model.directory is not None:
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                if (model.directory / name).is_file():
+                    shutil.copyfile(model.directory / name, folder / name)
         if model.vocabulary is not None:
             (folder / VOCABULARY).write_text(json.dumps(model.vocabulary, ensure_ascii=False), encoding="utf-8")
         artifact = seal(folder, _manifest(model, target, kernels, rows, index, chosen))

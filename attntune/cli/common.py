@@ -45,11 +45,14 @@ def command(verb: Callable[..., Reply]) -> Callable[..., None]:
 
     Standard output carries the answer and nothing else; progress and errors go to standard error. An
     :class:`AttntuneError` becomes its message and exit code 2; any other exception is a bug and keeps its traceback.
+    A verb with a parameter ``json_output`` is told, so as not to print as it goes.
     """
     signature = inspect.signature(verb, eval_str=True)
 
     @functools.wraps(verb)
     def run(*, json_output: bool, traceback: bool, **arguments: Any) -> None:
+        if "json_output" in signature.parameters:
+            arguments["json_output"] = json_output
         try:
             reply = verb(**arguments)
         except AttntuneError as error:
@@ -68,7 +71,9 @@ def command(verb: Callable[..., Reply]) -> Callable[..., None]:
         _flag("json_output", "--json", "Print one JSON document on standard output."),
         _flag("traceback", "--traceback", "Show where an error came from."),
     ]
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()]
+    parameters = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != "json_output"
+    ]
     del run.__wrapped__  # type: ignore[attr-defined]
     run.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*parameters, *extra], return_annotation=None

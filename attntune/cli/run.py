@@ -1,4 +1,4 @@
-"""``attntune run``: an artifact on sentences or on arrays."""
+"""``attntune run``: an artifact or a model on sentences, sounds or arrays."""
 
 from __future__ import annotations
 
@@ -14,31 +14,73 @@ from attntune.errors import ArtifactError, InputError
 if TYPE_CHECKING:
     import numpy as np
 
+    from attntune.runtime import TunedModel
+
 _LABEL_WIDTH = 48
 
 
 def run(
-    artifact: Annotated[Path, typer.Argument(help="What `attntune compile` wrote.")],
-    text: Annotated[list[str] | None, typer.Option(help="A sentence; repeat for several.")] = None,
+    artifact: Annotated[Path, typer.Argument(help="What `attntune compile` wrote, or a model, compiled once.")],
+    text: Annotated[list[str] | None, typer.Option("--text", "--prompt", help="Repeat for several.")] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="A WAV file to transcribe; repeat for several.")] = None,
     inputs: Annotated[Path | None, typer.Option(help="Arrays by input name, an .npz file.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where results go, an .npz file.")] = None,
     entry: Annotated[str | None, typer.Option(help="Entry point; embed for --text where there is one.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json, if not in or beside the artifact.")] = None,
+    precision: Annotated[str | None, typer.Option(help="What a model is compiled in; float32 by default.")] = None,
     attention: Annotated[Path | None, typer.Option(help="Draw attention weights to this .html or .png.")] = None,
     query: Annotated[str | None, typer.Option(help="Token of which --attention shows what it attends to.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to write at most.")] = None,
+    temperature: Annotated[float, typer.Option(help="Of the draws; 0: always the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw among the k likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that reach probability p.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
+    beams: Annotated[int, typer.Option(help="More than 1: beam search.")] = 1,
+    length_penalty: Annotated[float, typer.Option(help="Of beam search; larger: longer.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="A string before which the text ends.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put each text through the model's chat template.")] = False,
+    json_output: bool = False,
 ) -> Reply:
-    """Run an artifact: --text prints the sentences' similarities, --inputs reads arrays and --output writes them."""
-    import attntune
+    """Run an artifact or a model.
 
-    if (not text) == (inputs is None):
-        raise InputError("expected either --text, once or more, or --inputs FILE.npz")
+    On --text an encoder prints similarities, a model that writes its text as it comes; --audio is transcribed; --inputs
+    reads arrays and --output writes them.
+    """
+    from attntune.cli.open_model import open_model
+    from attntune.cli.run_generation import Options, run_generation
+
+    given = [name for name, value in (("text", text), ("audio", audio), ("inputs", inputs)) if value]
+    if len(given) != 1:
+        raise InputError("expected either --text or --audio, once or more, or --inputs FILE.npz")
     if attention is not None:
         from attntune.cli import attention as maps
 
+        if audio:
+            raise InputError("expected --attention with --text or --inputs")
         arrays = None if inputs is None else read_arrays(inputs)
         path = existing(artifact, "an artifact or a model", ArtifactError)
         return maps.attention(path, attention, text, arrays, tokenizer=tokenizer, query=query)
-    tuned = attntune.load(existing(artifact, "an artifact", ArtifactError))
+    named = None if tokenizer is None else existing(tokenizer, "a tokenizer.json")
+    options = Options(
+        max_new_tokens, temperature, top_k, top_p, seed, beams, length_penalty, tuple(stop or ()), chat
+    )  # fmt: skip
+    tuned, folder = open_model(artifact, precision)
+    if tuned.manifest.get("generation") and inputs is None and entry is None:
+        from attntune.runtime.text import Codec
+
+        codec = Codec(folder, named)
+        return run_generation(tuned, codec, text or [], audio or [], options, live=not json_output)
+    if audio or options.asked():
+        asked = [*(["--audio"] if audio else []), *options.asked()]
+        raise InputError(f"{tuned.manifest['name']} does not write text here: expected no {', '.join(asked)}")
+    return _run_entry(tuned, folder, text, inputs, output, entry, named)
+
+
+def _run_entry(
+    tuned: TunedModel, artifact: Path, text: Sequence[str] | None, inputs: Path | None, output: Path | None,
+    entry: str | None, tokenizer: Path | None,
+) -> Reply:  # fmt: skip
+    """One call of one entry."""
     chosen = entry or ("embed" if text and "embed" in tuned.entries else tuned.entries[0])
     if chosen not in tuned.entries:
         raise InputError(f"{artifact} has no entry {chosen!r}; expected one of {sorted(tuned.entries)}")

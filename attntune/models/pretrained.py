@@ -33,6 +33,12 @@ def _load_gpt2(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dir
     return decoder.build(config, weights, _name(fields, directory), family="gpt2", stop=_stop(fields, directory))
 
 
+def _load_whisper(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory: Path) -> Model:
+    from attntune.models import whisper
+
+    return whisper.load_huggingface(fields, tensors, directory)
+
+
 def _stop(fields: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
     """Tokens that end a text, as the checkpoint's generation config or else its config says."""
     path = directory / "generation_config.json"
@@ -54,6 +60,7 @@ def _name(fields: Mapping[str, Any], directory: Path) -> str:
 LOADERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, np.ndarray], Path], Model]] = {
     "bert": _load_bert,
     "gpt2": _load_gpt2,
+    "whisper": _load_whisper,
     **dict.fromkeys(llama.FAMILIES, _load_llama),
     "vit": _load_vit,
 }
@@ -98,7 +105,15 @@ def from_pretrained(path: str | Path) -> Model:
     if not directory.is_dir():
         directory = _download(str(path))
     config_path = directory / "config.json"
+    if (directory / "model.bin").is_file() and not (directory / "model.safetensors").is_file():
+        from attntune.models import whisper
+
+        return whisper.load_ctranslate2(directory)
     if not config_path.is_file():
+        if any(directory.glob("*.pt")):
+            from attntune.models import transformer
+
+            return transformer.load_annalog(directory)
         raise ModelError(f"expected {config_path}, which does not exist")
     try:
         fields = json.loads(config_path.read_text())

@@ -73,18 +73,20 @@ def stream(
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
     """Pairs of row and new token as they are written; see :func:`generate`, whose errors come at once."""
     ends, suppress = _settings(tuned, prompts, max_new_tokens, stop)
+    timings = timings or Generated([])
+    start = time.perf_counter()
     sequences = Sequences(tuned, prompts, source, max_new_tokens)
+    timings.prefill_secs = time.perf_counter() - start
     return _stream(sequences, Sampler(sampling or Sampling(), len(prompts)), max_new_tokens, ends, suppress, timings)
 
 
 def _stream(
     sequences: Sequences, sampler: Sampler, longest: int, ends: frozenset[int], suppress: list[int],
-    timings: Generated | None,
+    timings: Generated,
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
-    timings = timings or Generated([])
     start = time.perf_counter()
     logits = sequences.begin()
-    timings.prefill_secs = time.perf_counter() - start
+    timings.prefill_secs += time.perf_counter() - start
     going = np.ones(sequences.rows, bool)
     for step in range(longest):
         if suppress:

@@ -41,7 +41,7 @@ class Sequences:
             raise InputError("expected prompts of at least one token")
         self.rows = len(self._prompts)
         self.lengths = np.array([len(prompt) for prompt in self._prompts], np.int64)
-        self._check_length(room, generation["max_length"])
+        self._check_length(room)
         self._state: dict[str, Any] = {}
         self._extra: dict[str, np.ndarray] = {}
         if "encode" in self._entries:
@@ -52,22 +52,17 @@ class Sequences:
         if any(name not in self._state for name in updates):
             fixed = {dim: size for dim, size in self._sizes().items() if dim != "context"}
             batch = fixed.pop("batch", self.rows)
-            room_for = {"context": int(self.lengths.max()) + room} if self._capacity() else {}
+            room_for = {"context": int(self.lengths.max()) + room} if capacity(tuned) else {}
             made = tuned.state("decode", batch, **fixed, **room_for)
             self._state = {**made, **self._state}
 
     # -- what is known of the model ------------------------------------------------------------------------------------
 
-    def _capacity(self) -> int:
-        """Keys that the largest compiled cache holds; 0 without one."""
-        buckets = [row["dims"] for row in self._tuned.manifest["buckets"] if row["entry"] == "decode"]
-        return max((dims.get("context", 0) for dims in buckets), default=0)
-
-    def _check_length(self, room: int, longest: int) -> None:
-        limits = [limit for limit in (self._capacity(), longest) if limit]
-        if limits and self.lengths.max() + room > min(limits):
+    def _check_length(self, room: int) -> None:
+        most = limit(self._tuned)
+        if most and self.lengths.max() + room > most:
             raise InputError(
-                f"expected prompt and new tokens within {min(limits)}, got {int(self.lengths.max())} + {room}; shorten "
+                f"expected prompt and new tokens within {most}, got {int(self.lengths.max())} + {room}; shorten "
                 "the prompt, ask for fewer tokens, or compile with a larger context"
             )
 
@@ -185,3 +180,15 @@ class Sequences:
                 moved[: self.rows] = array[parents]
                 self._state[name] = moved
         self.lengths = self.lengths[parents]
+
+
+def capacity(tuned: Any) -> int:
+    """Keys that the largest compiled cache holds; 0 without one."""
+    buckets = [row["dims"] for row in tuned.manifest["buckets"] if row["entry"] == "decode"]
+    return max((dims.get("context", 0) for dims in buckets), default=0)
+
+
+def limit(tuned: Any) -> int:
+    """Tokens that a sequence may have, start tokens and prompt included; 0: any number."""
+    limits = (capacity(tuned), tuned.manifest["generation"]["max_length"])
+    return min((most for most in limits if most), default=0)

@@ -104,7 +104,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["run", "gone.attn", "--text", "a"], "expected an artifact at gone.attn"),
+            (["run", "gone.attn", "--text", "a"], "expected an artifact or a model at gone.attn"),
             (["run", "gone.attn"], "expected either --text"),
             (["run", "gone.attn", "--text", "a", "--inputs", "b.npz"], "expected either --text"),
             (["compile", ".", "-o", "x.attn", "--database", "gone.jsonl"], "expected a tuning database at gone.jsonl"),

@@ -1,0 +1,59 @@
+"""What ``attntune run`` is given: an artifact, or a model that is compiled once into the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attntune.cli.common import existing, load_model, note
+from attntune.errors import ArtifactError, InputError, ModelError
+
+if TYPE_CHECKING:
+    from attntune.runtime import TunedModel
+
+
+def open_model(path: Path, precision: str | None = None) -> tuple[TunedModel, Path]:
+    """The model to run, and its artifact's folder.
+
+    A folder with ``manifest.json`` is an artifact. Anything else is a model, compiled for this machine with the best
+    schedules known and the shapes of its family into ``CACHE/models``, and compiled again when one of its files,
+    attntune or the machine is another.
+
+    Args:
+        path: of either.
+        precision: to compile a model in; float32 by default.
+
+    Raises:
+        ArtifactError: there is neither at ``path``.
+        InputError: a precision is asked of an artifact, which has its own.
+    """
+    import attntune
+
+    existing(path, "an artifact or a model", ArtifactError)
+    if (path / "manifest.json").is_file():
+        tuned = attntune.load(path)
+        if precision not in (None, tuned.manifest.get("precision", "float32")):
+            raise InputError(f"{path} is compiled in {tuned.manifest['precision']}; run its model with --precision")
+        return tuned, path
+    folder = _cached(path, precision or "float32")
+    if not (folder / "manifest.json").is_file():
+        try:
+            model = load_model(str(path))
+        except ModelError as error:
+            raise ArtifactError(f"{path} is not an attntune artifact, nor a model: {error}") from None
+        note(f"compiling {model.name} once, into {folder}")
+        attntune.compile(model, precision=precision or "float32", on_progress=note).save(folder)
+    return attntune.load(folder), folder
+
+
+def _cached(path: Path, precision: str) -> Path:
+    from attntune import __version__
+    from attntune.target import Target, user_cache_dir
+
+    path = path.resolve()
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    facts = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    made_of = "\n".join([str(path), *facts, __version__, Target.parse("native").key(), precision])
+    digest = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    return user_cache_dir() / "models" / f"{path.stem}-{digest}.attn"

@@ -1,0 +1,84 @@
+"""What ``attntune run`` makes of a model that writes, on the model of NumPy that has no compiler."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_generation import CONTEXT, VOCAB, Toy
+
+from attntune.cli.run_generation import Options, run_generation
+from attntune.errors import InputError
+from attntune.runtime.generation import Generated
+from attntune.runtime.sequences import limit
+from attntune.runtime.text import Codec, stream_text
+
+tokenizers = pytest.importorskip("tokenizers")
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory):
+    """One letter a token; token 0, which ends a text, is none."""
+    where = tmp_path_factory.mktemp("artifact")
+    letters = {"-": 0, **{chr(ord("a") + i - 1): i for i in range(1, VOCAB)}}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[]))
+    made.decoder = tokenizers.decoders.Fuse()
+    made.save(str(where / "tokenizer.json"))
+    return Codec(where)
+
+
+def test_text_is_that_of_the_tokens(capsys, codec):
+    toy = Toy(2)
+    expected = codec.decode(toy.greedy(codec.encode("ab"), 10))
+    reply = run_generation(toy, codec, ["ab"], [], Options(max_new_tokens=10), live=False)
+    assert reply.document["texts"] == [expected]
+    assert reply.text == expected
+    assert capsys.readouterr().out == ""
+    live = run_generation(toy, codec, ["ab"], [], Options(max_new_tokens=10), live=True)
+    assert live.text == ""
+    said = capsys.readouterr()
+    assert said.out == expected + "\n"
+    assert "prefill 2 tokens" in said.err
+    assert json.dumps(reply.document)
+
+
+def test_several_texts_are_named_and_beams_are_searched(codec):
+    toy = Toy(2)
+    reply = run_generation(toy, codec, ["ab", "c"], [], Options(max_new_tokens=6), live=False)
+    assert reply.text.splitlines() == [f"{name} -> {text}" for name, text in zip(["ab", "c"], reply.document["texts"],
+                                                                                strict=True)]  # fmt: skip
+    reply = run_generation(toy, codec, ["ab"], [], Options(max_new_tokens=6, beams=3), live=False)
+    assert len(reply.document["scores"]) == 1
+
+
+def test_a_row_ends_at_its_stop_string_while_others_go_on(codec):
+    toy = Toy(4, stop=())
+    prompts = [codec.encode("ab"), codec.encode("d")]
+    whole = [codec.decode(toy.greedy(prompt, 9, stop=())) for prompt in prompts]
+    stop = whole[0][3:5]
+    timings = Generated([[], []])
+    texts = ["", ""]
+    for row, piece in stream_text(toy, codec, prompts, stop=[stop], max_new_tokens=9, timings=timings):
+        texts[row] += piece
+    assert texts == [text.partition(stop)[0] for text in whole]
+    assert codec.decode(timings.tokens[0]) == whole[0].partition(stop)[0] + stop
+
+
+def test_without_a_number_the_cache_is_the_limit(codec):
+    toy = Toy(1, stop=())
+    assert limit(toy) == CONTEXT
+    reply = run_generation(toy, codec, ["abc"], [], Options(), live=False)
+    assert reply.document["new_tokens"] == CONTEXT - 3
+
+
+def test_what_does_not_fit_is_said(codec, tmp_path):
+    toy = Toy()
+    for options, audio, message in (
+        (Options(beams=2, stop=("a",)), [], "without --stop"),
+        (Options(chat=True), [], "no chat template"),
+        (Options(), [tmp_path / "a.wav"], "expected --text"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_generation(toy, codec, [] if audio else ["a"], audio, options, live=False)
+    assert Options(top_k=3, chat=True).asked() == ["--top-k", "--chat"]
+    assert not toy.calls
