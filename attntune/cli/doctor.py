@@ -26,7 +26,7 @@ PINS = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
 #: What each extra brings, by import name, and what it is for.
 EXTRAS = {
     "models": (
-        ("safetensors", "tokenizers", "huggingface_hub", "gguf", "jinja2"),
+        ("safetensors", "tokenizers", "huggingface_hub", "gguf", "h5py", "jinja2"),
         "loading models and tokenizing text",
     ),
     "onnx": (("onnx", "onnxruntime"), "export and comparison with ONNX Runtime"),

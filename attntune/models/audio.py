@@ -91,10 +91,10 @@ def mel_filters(bins: int, rate: int = SAMPLE_RATE, window: int = WINDOW) -> np.
 
 
 def log_mel(samples: np.ndarray, bins: int = 80, seconds: float = SECONDS) -> np.ndarray:
-    """Whisper's input (bins, frames) float32 of samples (samples,) at 16 kHz, padded with silence or cut to ``seconds``.
+    """Whisper's input (bins, frames) float32 of samples (samples,) at 16 kHz, padded with silence or cut to seconds.
 
-    Power of a Hann-windowed transform each 10 ms, through :func:`mel_filters`, as log10, floored 8 below the loudest, then
-    (x + 4) / 4.
+    Power of a Hann-windowed transform each 10 ms, through :func:`mel_filters`, as log10, floored 8 below the loudest,
+    then (x + 4) / 4.
     """
     from scipy.fft import rfft
 

@@ -40,7 +40,7 @@ class CrossAttention(nn.Module):  # type: ignore[misc]
 
 
 class DecoderLayer(nn.Module):  # type: ignore[misc]
-    """Decoder layer of Vaswani et al. (2017): masked self-attention, cross-attention, feed-forward, each with a residual.
+    """Decoder layer of Vaswani et al. (2017): masked self-attention, cross-attention, feed-forward, with residuals.
 
     ``norm_first``: normalisation before each residual's branch, else after each residual, as in the paper.
     """

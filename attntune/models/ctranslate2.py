@@ -4,8 +4,8 @@ Source: the format is written by ``ModelSpec._serialize`` of CTranslate2's ``pyt
 (MIT licence) and read by its ``src/models/model.cc``. Little-endian throughout:
 
 - uint32 format version; from 2 on the name of the specification and its uint32 revision;
-- uint32 number of variables, each: its name, uint8 rank, a uint32 for each dimension, then from version 4 on a uint8 type
-  and the uint32 number of bytes, before it the uint8 size and the uint32 number of items; the data, row-major;
+- uint32 number of variables, each: its name, uint8 rank, a uint32 for each dimension, then from version 4 on a uint8
+  type and the uint32 number of bytes, before it the uint8 size and the uint32 number of items; the data, row-major;
 - from version 3 on a uint32 number of aliases, each two names: the alias, and the variable it stands for.
 
 A name is a uint16 length and that many bytes, the last of them zero.
@@ -70,7 +70,7 @@ def read_ctranslate2(path: Path) -> CTranslate2Model:
 
 
 def _dequantized(raw: dict[str, np.ndarray], file: Path) -> dict[str, np.ndarray]:
-    """Weights as float32. CTranslate2 stores ``round(weight · scale)``, one scale a row (int8) or one in all (int16)."""
+    """Weights as float32. CTranslate2 stores ``round(weight · scale)``, one a row (int8) or for all (int16)."""
     tensors: dict[str, np.ndarray] = {}
     for name, array in raw.items():
         if array.ndim == 0 or array.dtype == np.int32:

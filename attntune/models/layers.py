@@ -106,9 +106,14 @@ class SelfAttention(nn.Module):  # type: ignore[misc]
 
     def cached(self, x: Any, lengths: Any, keys: Any, values: Any, residual: Any) -> Any:
         """The last rows of sequences ``lengths`` (batch,) long; caches (batch, context, hidden) gain them in place."""
-        sizes = {"heads": self.heads, "head_dim": self.head_dim}
-        query, keys, values = op.kv_append(self.qkv(x), lengths, keys, values, **sizes, kv_heads=self.heads)
-        return self.output(op.attention(query, keys, values, **sizes, causal=True, lengths=lengths), residual)
+        heads, head_dim = self.heads, self.head_dim
+        query, keys, values = op.kv_append(
+            self.qkv(x), lengths, keys, values, heads=heads, kv_heads=heads, head_dim=head_dim
+        )
+        context = op.attention(
+            query, keys, values, heads=heads, head_dim=head_dim, causal=True, lengths=lengths
+        )  # fmt: skip
+        return self.output(context, residual)
 
 
 class FeedForward(nn.Module):  # type: ignore[misc]
@@ -163,7 +168,7 @@ class PreNormEncoderLayer(nn.Module):  # type: ignore[misc]
         row: int | None = None,
         lengths: Any | None = None,
     ) -> Any:
-        """X (batch, seq, hidden), mask (batch, seq) or lengths (batch,) → (batch, seq, hidden); one row: (batch, hidden).
+        """X (batch, seq, hidden), mask (batch, seq) or lengths (batch,) → (batch, seq, hidden), a row (batch, hidden).
 
         ``maps``: see :func:`attention`.
         """

@@ -191,7 +191,7 @@ def patchify(x: Any, *, patch: int) -> Any:
 
 
 def unfold(x: Any, *, kernel: int, stride: int = 1, padding: int = 0, layout: str = "blc") -> Any:
-    """Windows of x (batch, length, channels), ``"bcl"``: (batch, channels, length) → (batch, steps, kernel·channels)."""
+    """Windows of x (batch, length, channels), "bcl": (batch, channels, length) → (batch, steps, kernel·channels)."""
     batch, length, channels = x.shape if layout == "blc" else (x.shape[0], x.shape[2], x.shape[1])
     attrs = {"kernel": kernel, "stride": stride, "padding": padding, "layout": layout}
     shape = (batch, (length + 2 * padding - kernel) // stride + 1, kernel * channels)

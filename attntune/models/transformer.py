@@ -96,7 +96,7 @@ def load_annalog(directory: Path) -> Model:
             stop=(stop,),
             max_length=config.positions,
             suppress=tuple(tokens.index(token) for token in ("<unk>", "<pad>", "<sos>")),
-        ),  # fmt: skip
+        ),
         shapes=_shapes(config, (1, 2, 4, 8), (32, 64, 102)),
     )
     model.directory = directory
@@ -196,7 +196,7 @@ def smiles_tokenizer(tokens: list[str]) -> dict[str, Any]:
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [ends[0], {"Sequence": {"id": "A", "type_id": 0}}, ends[1]],
-            "pair": [ends[0], {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}, ends[1]],
+            "pair": [ends[0], *({"Sequence": {"id": name, "type_id": 0}} for name in "AB"), ends[1]],
             "special_tokens": {
                 name: {"id": name, "ids": [vocabulary[name]], "tokens": [name]} for name in ("<sos>", "<eos>")
             },

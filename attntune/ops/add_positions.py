@@ -51,8 +51,10 @@ class AddPositions(Workload):
             len(x.shape) == 3 and position.shape[1:] == x.shape[2:],
             f"add_positions: expected position (positions, features) for x {x.shape}, got {position.shape}",
         )
+        batch, seq, features = x.shape
         return cls(
-            *x.shape, positions=position.shape[0], dtype=x.dtype, out_dtype=str(attrs.get("out_dtype", ""))
+            batch, seq, features, positions=position.shape[0], dtype=x.dtype,
+            out_dtype=str(attrs.get("out_dtype", "")),
         )  # fmt: skip
 
     def inputs(self) -> tuple[TensorSpec, ...]:

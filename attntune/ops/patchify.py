@@ -50,7 +50,10 @@ class Patchify(Workload):
         """From a model's call: x (batch, channels, height, width)."""
         (x,) = args
         require(len(x.shape) == 4, f"patchify: expected x (batch, channels, height, width), got {x.shape}")
-        return cls(*x.shape, patch=int(attrs["patch"]), dtype=x.dtype, out_dtype=str(attrs.get("out_dtype", "")))
+        batch, channels, height, width = x.shape
+        return cls(
+            batch, channels, height, width, int(attrs["patch"]), x.dtype, str(attrs.get("out_dtype", ""))
+        )  # fmt: skip
 
     @property
     def across(self) -> int:

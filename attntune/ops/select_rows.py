@@ -39,7 +39,8 @@ class SelectRows(Workload):
     def from_call(cls, attrs: Mapping[str, Any], args: Sequence[TensorSpec]) -> SelectRows:
         """From a model's call: x, and index unless ``attrs`` name a row."""
         x, row = args[0], int(attrs.get("row", -1))
-        return cls(*x.shape, dtype=x.dtype, out_dtype=str(attrs.get("out_dtype", "")), row=row)
+        batch, seq, features = x.shape
+        return cls(batch, seq, features, dtype=x.dtype, out_dtype=str(attrs.get("out_dtype", "")), row=row)
 
     def inputs(self) -> tuple[TensorSpec, ...]:
         """X, and index where the variant has it."""
