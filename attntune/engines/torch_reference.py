@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attntune.engines.torch_decoder import MAKERS as DECODER_MAKERS
+from attntune.engines.torch_recurrent import MAKERS as RECURRENT_MAKERS
 from attntune.errors import EngineError
 from attntune.ops.attention import FLOOR
 from attntune.ops.mean_pool import NORM_FLOOR
@@ -23,7 +24,7 @@ Step = Callable[..., Any]
 Maker = Callable[["OpCall"], Step]
 
 #: Makers by operator name.
-MAKERS: dict[str, Maker] = {**DECODER_MAKERS}
+MAKERS: dict[str, Maker] = {**DECODER_MAKERS, **RECURRENT_MAKERS}
 
 _INSPECT = "inspect"
 
@@ -174,8 +175,6 @@ def _attention(call: OpCall) -> Step:
     from torch.nn import functional as F
 
     attrs = call.attrs
-    if attrs.get("weights"):
-        raise EngineError("attention that gives its weights has no PyTorch twin; expected an entry without them")
     heads, kv_heads, head_dim = attrs["heads"], attrs["kv_heads"], attrs["head_dim"]
     packed, causal, scale = bool(attrs["packed"]), bool(attrs["causal"]), attrs.get("scale")
     at = 1 if packed else 3

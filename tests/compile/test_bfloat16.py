@@ -9,6 +9,7 @@ from attntune.target import native
 from attntune.templates import template_for
 from attntune.templates.cpu import bf16
 from attntune.templates.cpu.attention_bf16 import AttentionBf16CPU
+from attntune.templates.cpu.attention_decode import AttentionDecodeCPU
 from attntune.templates.lowering import build
 
 TARGET = native().with_cores(2)
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.skipif(not bf16.available(native()), reason="this CPU l
 def test_native_attention_is_within_its_stated_error(workload):
     workload = workload.replace(dtype="bfloat16")
     template = template_for(workload, TARGET)
-    assert isinstance(template, AttentionBf16CPU)
+    assert isinstance(template, AttentionBf16CPU | AttentionDecodeCPU)
     config = template.default(workload, TARGET)
     assert config in template.space(workload, TARGET)
     kernel = build(template.schedule(workload, TARGET, config), TARGET)

@@ -159,7 +159,7 @@ def test_manifest_accounts_for_every_kernel(minilm_artifact, minilm):
     assert manifest["target"]["kind"] == "cpu"
     assert {bucket["entry"] for bucket in manifest["buckets"]} == {"forward", "embed"}
     assert all(kernel["source"] in ("exact", "transferred", "default") for kernel in manifest["kernels"])
-    assert set(manifest["files"]) == {"kernels.so", "weights.bin", "tokenizer.json"}
+    assert set(manifest["files"]) == {"kernels.so", "weights.bin", "tokenizer.json", "tokenizer_config.json"}
     # One copy of every weight, however many shapes there are.
     parameters = sum(w.size for w in minilm.weights.values())
     assert sum(int(np.prod(w["shape"])) for w in manifest["weights"].values()) == parameters

@@ -18,10 +18,13 @@ import pytest
 import torch
 
 from attntune.compiler import compile
+from attntune.engines.torch_recurrent import MAKERS
+from attntune.engines.torch_reference import torch_reference
 from attntune.errors import InputError, ModelError
 from attntune.interop import evaluate, export_onnx, verify_onnx
 from attntune.models import from_pretrained, rnn
 from attntune.models.keras import _Inert, _PlainData
+from attntune.models.model import OpCall
 from attntune.runtime import load
 from attntune.runtime.vocabulary import Vocabulary
 
@@ -219,6 +222,40 @@ def test_compiled_entries_match_the_reference_at_ragged_lengths(kind, tmp_path):
     }
     expected = evaluate(model, inputs)["logits"]
     np.testing.assert_allclose(tuned(**inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("op", ["gru_sequence", "lstm_sequence"])
+def test_pytorchs_twin_of_a_layer_is_pytorchs_own_layer(op, reverse):
+    kind, states = {"gru_sequence": (torch.nn.GRU, 1), "lstm_sequence": (torch.nn.LSTM, 2)}[op]
+    layer = kind(5, 7, batch_first=True, bidirectional=reverse).double()
+    suffix = "l0_reverse" if reverse else "l0"
+    weights = [getattr(layer, f"{name}_{suffix}") for name in ("weight_ih", "bias_ih", "weight_hh", "bias_hh")]
+    x, first = torch.randn(3, 6, 5, dtype=torch.float64), torch.randn(1 + reverse, states, 3, 7, dtype=torch.float64)
+    given = first.transpose(0, 1).contiguous().unbind(0)
+    outputs, last = layer(x, given[0] if states == 1 else tuple(given))
+    attrs = {"reverse": reverse, "lengths": False, "initial": True, "bias": True}
+    call = OpCall(op, attrs, (), (), (), (), (), ())
+    projected = torch.nn.functional.linear(x, weights[0], weights[1])
+    got, *ends = MAKERS[op](call)({}, projected, weights[2], weights[3], *first[-1].unbind(0))
+    torch.testing.assert_close(got, outputs[..., 7 * reverse :])
+    for end, expected in zip(ends, [last] if states == 1 else last, strict=True):
+        torch.testing.assert_close(end, expected[-1])
+
+
+@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("entry", ["forward", "encode"])
+def test_the_pytorch_twin_matches_at_ragged_lengths(kind, entry):
+    model = rnn.random_model(SMALL[kind])
+    inputs = {
+        "input_ids": np.arange(18).reshape(3, 6) % 11,
+        "source_lengths": np.array([6, 1, 3], np.int32),
+        "decoder_input_ids": np.arange(15).reshape(3, 5) % 13,
+    }
+    inputs = {spec.name: inputs[spec.name] for spec in model.entries[entry].inputs}
+    expected = evaluate(model, inputs, entry)
+    for name, value in torch_reference(model, inputs, entry).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-9, atol=1e-10, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", SMALL)
