@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from attntune.ops.linear import INT8_MAX, Linear
@@ -11,6 +12,19 @@ from attntune.target import Target
 from attntune.templates.cpu import bf16
 from attntune.templates.cpu.arithmetic import INT8_OFFSET, Arithmetic
 from attntune.templates.cpu.vectors import Vectors
+
+
+@dataclass(frozen=True)
+class _Panels:
+    """The panels of one tile: every ``gap``-th from ``first`` on."""
+
+    first: Any
+    gap: int
+    count: int
+
+    def at(self, v: Any) -> Any:
+        """The ``v``-th."""
+        return self.first + v * self.gap
 
 
 class LinearKernel:
@@ -29,6 +43,7 @@ class LinearKernel:
         self.unroll = config.integer("k_unroll")
         self.row_block = config.integer("row_block")
         self.chains = config.integer("chains")
+        self.apart = bool(config.get("apart", False))
         self.parts = 2 if w.gated else 1
         self.panels = math.ceil(w.out_features / self.lanes)
         self.steps = math.ceil(w.in_features / arithmetic.group)
@@ -153,28 +168,29 @@ class LinearKernel:
             block, column = task // in_block, task % in_block
 
             def in_column(vectors: int) -> None:
-                first_row, first_panel = block * height, column * self.vectors
-                _either(block, blocks, last_height, lambda: self._column(first_row, height, first_panel, vectors),
-                        lambda: self._column(first_row, last_height, first_panel, vectors))  # fmt: skip
+                first_row, spread = block * height, self.apart and vectors == self.vectors
+                panels = _Panels(column if spread else column * self.vectors, columns if spread else 1, vectors)
+                _either(block, blocks, last_height, lambda: self._column(first_row, height, panels),
+                        lambda: self._column(first_row, last_height, panels))  # fmt: skip
 
             _either(column, columns, last_vectors, lambda: in_column(self.vectors), lambda: in_column(last_vectors))
 
-    def _column(self, first_row: Any, rows: int, panel: Any, vectors: int) -> None:
+    def _column(self, first_row: Any, rows: int, panels: _Panels) -> None:
         from tvm.tirx.script.builder import ir as T
 
         tiles, tail = divmod(rows, self.rows)
         if tiles:
             with T.serial(tiles) as t:
-                self._tile(first_row + t * self.rows, self.rows, panel, vectors)
+                self._tile(first_row + t * self.rows, self.rows, panels)
         if tail:
-            self._tile(first_row + tiles * self.rows, tail, panel, vectors)
+            self._tile(first_row + tiles * self.rows, tail, panels)
 
-    def _tile(self, row: Any, rows: int, panel: Any, vectors: int) -> None:
-        """``rows`` × ``vectors`` accumulators, in ``chains`` copies that hide the latency of an addition."""
+    def _tile(self, row: Any, rows: int, panels: _Panels) -> None:
+        """``rows`` × ``panels.count`` accumulators, in ``chains`` copies that hide the latency of an addition."""
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
-        wide, chains = vectors * self.parts, self.chains
+        wide, chains = panels.count * self.parts, self.chains
         x, weight, kind = self.operand["x"], self.operand["weight"], self.arithmetic.accumulator
         acc = T.sblock_alloc_buffer((chains, rows, wide, self.lanes), kind, scope="local")
         zero = tirx.Broadcast(tirx.const(0, kind), self.lanes)
@@ -189,11 +205,11 @@ class LinearKernel:
                 self.v.store(acc, [c, a, v, 0], first)
 
         def step(k: Any, c: int) -> None:
-            panels = [weight.vload([panel * self.parts + v, k, 0], dtype=f"{self.arithmetic.word}x{self.lanes}")
+            loaded = [weight.vload([self._part(panels, v), k, 0], dtype=f"{self.arithmetic.word}x{self.lanes}")
                       for v in range(wide)]  # fmt: skip
             for a, v in each:
                 spread = self.v.broadcast(x[row + a, k])
-                self.v.store(acc, [c, a, v, 0], self.arithmetic.multiply_add(held(c, a, v), spread, panels[v]))
+                self.v.store(acc, [c, a, v, 0], self.arithmetic.multiply_add(held(c, a, v), spread, loaded[v]))
 
         unroll = self.unroll * chains
         whole, left = divmod(self.steps, unroll)
@@ -206,13 +222,17 @@ class LinearKernel:
         for c in range(1, chains):
             for a, v in each:
                 self.v.store(acc, [0, a, v, 0], held(0, a, v) + held(c, a, v))
-        (self._through_memory if self.staged else self._from_registers)(held, row, rows, panel, vectors)
+        (self._through_memory if self.staged else self._from_registers)(held, row, rows, panels)
+
+    def _part(self, panels: _Panels, v: Any) -> Any:
+        """Which of the weight's panels ``v`` is, counted over those of both parts."""
+        return panels.at(v // self.parts) * self.parts + v % self.parts
 
     # -- epilogue ------------------------------------------------------------------------------------------------------
 
-    def _value(self, held: Any, row: Any, a: int, panel: Any, v: int) -> Any:
+    def _value(self, held: Any, row: Any, a: int, panels: _Panels, v: int) -> Any:
         """A vector of sums as float32, with its bias; ``v`` counts the panels of both parts."""
-        at = (panel * self.parts + v) * self.lanes
+        at = self._part(panels, v) * self.lanes
         value = held(0, a, v)
         if self.w.quantized:
             from tvm import tirx
@@ -221,29 +241,29 @@ class LinearKernel:
             value = tirx.Cast(self.v.dtype, value) * (scale * self.v.broadcast(self.step[row + a]))
         return value + self.v.load(self.operand["bias"], [at]) if self.w.bias else value
 
-    def _from_registers(self, held: Any, row: Any, rows: int, panel: Any, vectors: int) -> None:
+    def _from_registers(self, held: Any, row: Any, rows: int, panels: _Panels) -> None:
         from tvm.tirx.script.builder import ir as T
 
         for a in range(rows):
-            for v in range(vectors):
-                value = self._value(held, row, a, panel, v * self.parts)
+            for v in range(panels.count):
+                value = self._value(held, row, a, panels, v * self.parts)
                 if self.w.activation:
                     value = T.max(value, self.v.splat(0.0))
                 if self.w.gated:
-                    value = value * self._value(held, row, a, panel, v * 2 + 1)
-                self._write(row + a, (panel + v) * self.lanes, value)
+                    value = value * self._value(held, row, a, panels, v * 2 + 1)
+                self._write(row + a, panels.at(v) * self.lanes, value)
 
-    def _through_memory(self, held: Any, row: Any, rows: int, panel: Any, vectors: int) -> None:
+    def _through_memory(self, held: Any, row: Any, rows: int, panels: _Panels) -> None:
         from tvm.tirx.script.builder import ir as T
 
         from attntune.ops import math as tmath
 
         w, lanes = self.w, self.lanes
-        stage = T.sblock_alloc_buffer((rows, vectors * self.parts, lanes), "float32")
+        stage = T.sblock_alloc_buffer((rows, panels.count * self.parts, lanes), "float32")
         for a in range(rows):
-            for v in range(vectors * self.parts):
-                self.v.store(stage, [a, v, 0], self._value(held, row, a, panel, v))
-        with T.serial(rows) as a, T.unroll(vectors) as v:
+            for v in range(panels.count * self.parts):
+                self.v.store(stage, [a, v, 0], self._value(held, row, a, panels, v))
+        with T.serial(rows) as a, T.unroll(panels.count) as v:
             at = v * self.parts
             if w.activation:
                 with T.vectorized(lanes) as lane:
@@ -252,15 +272,15 @@ class LinearKernel:
             if w.gated:
                 value = value * self.v.load(stage, [a, at + 1, 0])
             if not self.narrow:
-                self._write(row + a, (panel + v) * lanes, value)
+                self._write(row + a, panels.at(v) * lanes, value)
                 return
-            with T.If(panel + v < self.panels - 1):
+            with T.If(panels.at(v) < self.panels - 1):
                 with T.Then():
-                    self._write(row + a, (panel + v) * lanes, value)
+                    self._write(row + a, panels.at(v) * lanes, value)
                 with T.Else():
                     self.v.store(stage, [a, at, 0], value)
                     with T.serial(self.narrow) as lane:
-                        self._write_one(row + a, (panel + v) * lanes + lane, stage[a, at, lane])
+                        self._write_one(row + a, panels.at(v) * lanes + lane, stage[a, at, lane])
 
     def _write(self, i: Any, column: Any, value: Any) -> None:
         """One vector of y."""
