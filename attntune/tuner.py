@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -148,6 +150,7 @@ class _Session:
         self.stopped_by = "finished"
         self._search_started = started
         self._reserved_secs = 0.0
+        self._interrupted = False
         self._batch = max(_BATCH, getattr(getattr(runner, "options", None), "builders", 1))
         self.scheduler = TaskScheduler(patience=_PATIENCE)
 
@@ -170,16 +173,35 @@ class _Session:
     def run(self) -> None:
         """Search, then the finals; an interrupt ends both and closes the runner."""
         try:
-            for task in self.tasks.values():
-                self.on_event(task.state(self.scheduler.finished(task.key)))
-            self._search_started = monotonic()
-            self._search()
-            self._finals()
+            with self._noting_interrupts():
+                for task in self.tasks.values():
+                    self.on_event(task.state(self.scheduler.finished(task.key)))
+                self._search_started = monotonic()
+                self._search()
+                self._finals()
         except KeyboardInterrupt:
             self.stopped_by = "interrupt"
             # Impatient hands press twice; the summary is worth more than an orderly end of the workers.
             with contextlib.suppress(KeyboardInterrupt):
                 self.runner.close()
+
+    @contextlib.contextmanager
+    def _noting_interrupts(self) -> Iterator[None]:
+        """Remember an interrupt: the exception is lost where it meets a finalizer or a callback from C++."""
+
+        def note(number: int, frame: Any) -> None:
+            self._interrupted = True
+            signal.default_int_handler(number, frame)
+
+        usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if not usual or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _search(self) -> None:
         defaults = [(task, task.default) for task in self.tasks.values() if not task.searcher.seen(task.default)]
@@ -230,6 +252,8 @@ class _Session:
                 self._share(task, record)
                 self._tell(task, record)
                 self._require_hope(record)
+                if self._interrupted:
+                    raise KeyboardInterrupt
                 if self._late():
                     break
         finally:

@@ -1,5 +1,6 @@
 """The tuning loop, with runners that compute or replay times."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -293,6 +294,17 @@ class TestInterrupt:
 
         assert tune(TOY, database, trials=10, on_event=press).interrupted
         assert len(trial_keys(database)) == 3
+
+    def test_ctrl_c_where_the_exception_is_lost(self, database):
+        def lost(event):
+            with contextlib.suppress(KeyboardInterrupt):
+                if isinstance(event, TrialDone) and event.trials_done == 3:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(1)
+
+        assert tune(TOY, database, trials=10, on_event=lost).interrupted
+        assert len(trial_keys(database)) == 3
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def test_an_error_of_the_runner_is_raised_and_nothing_is_lost(self, database):
         class Broken(FakeRunner):
