@@ -351,6 +351,7 @@ def _manifest(
                 "inputs": [dataclasses.asdict(spec) for spec in model.entry(name).inputs],
                 "outputs": [dataclasses.asdict(spec) for spec in model.entry(name).outputs],
                 "updates": dict(model.entry(name).updates),
+                "ragged": model.entry(name).ragged,
                 "weights": list(_weight_parameters(model, name, target)),
             }
             for name in entries

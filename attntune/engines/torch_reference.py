@@ -46,8 +46,11 @@ def _linear(call: OpCall) -> Step:
     bias, residual = bool(call.attrs.get("bias")), bool(call.attrs.get("residual"))
     activation = _activation(call.attrs.get("activation", ""))
     gated, squeeze = bool(call.attrs.get("gated")), bool(call.attrs.get("squeeze"))
+    ragged = bool(call.attrs.get("lengths"))
 
     def step(_: Any, x: Any, weight: Any, *rest: Any) -> Any:
+        lengths = rest[-1] if ragged else None
+        rest = rest[: len(rest) - ragged]
         y = F.linear(x, weight, rest[0] if bias else None)
         up = None
         if gated:
@@ -58,6 +61,8 @@ def _linear(call: OpCall) -> Step:
             y = y * up
         if residual:
             y = y.add_(rest[-1])
+        if lengths is not None:
+            y = _zero_past_end(y, lengths)
         return y.squeeze(1) if squeeze else y
 
     return step
@@ -83,13 +88,25 @@ def _layer_norm(call: OpCall) -> Step:
     from torch.nn import functional as F
 
     eps, residual = float(call.attrs["eps"]), bool(call.attrs.get("residual"))
+    ragged = bool(call.attrs.get("lengths"))
 
     def step(_: Any, x: Any, *rest: Any) -> Any:
+        lengths = rest[-1] if ragged else None
+        rest = rest[: len(rest) - ragged]
         if residual:
             x = x + rest[0]
-        return F.layer_norm(x, x.shape[-1:], rest[-2], rest[-1], eps)
+        y = F.layer_norm(x, x.shape[-1:], rest[-2], rest[-1], eps)
+        return y if lengths is None else _zero_past_end(y, lengths)
 
     return step
+
+
+def _zero_past_end(y: Any, lengths: Any) -> Any:
+    """Y (batch, seq, features) with zeros past lengths (batch,)."""
+    import torch
+
+    ended = torch.arange(y.shape[1], device=y.device) >= lengths[:, None]
+    return y.masked_fill(ended[:, :, None], 0.0)
 
 
 @makes("softmax")

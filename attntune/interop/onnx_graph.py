@@ -121,6 +121,23 @@ class GraphBuilder:
         self.nodes.append(helper.make_node("Identity", [value], [result], name=self.fresh("identity")))
 
 
+def before_end(builder: GraphBuilder, lengths: str, count: str) -> str:
+    """(batch, count) bool: positions before each of lengths (batch,); ``count`` is an int64 tensor of shape (1,)."""
+    scalar = builder.node("Squeeze", count, builder.ints(0))
+    positions = builder.node("Range", builder.constant(0, "int64"), scalar, builder.constant(1, "int64"))
+    ends = builder.node("Unsqueeze", builder.node("Cast", lengths, to=element_type("int64")), builder.ints(1))
+    return builder.node("Less", positions, ends)
+
+
+def zero_past_end(builder: GraphBuilder, y: str, lengths: str, dtype: str) -> str:
+    """Y (batch, seq, features) with zeros past lengths (batch,)."""
+
+    def inside() -> str:
+        return builder.node("Unsqueeze", before_end(builder, lengths, builder.dim(y, 1)), builder.ints(2))
+
+    return builder.node("Where", builder.shared(("before end", lengths), inside), y, builder.constant(0.0, dtype))
+
+
 def reduce(builder: GraphBuilder, op_type: str, x: str, axis: int, keepdims: int) -> str:
     """A reduction over one axis; its axes are an attribute before opset 18, except for ReduceSum."""
     if op_type == "ReduceSum" or builder.opset >= 18:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from attntune.errors import ExportError
 from attntune.interop.onnx_attention import attention
 from attntune.interop.onnx_decoder import EMITTERS as DECODER_EMITTERS
-from attntune.interop.onnx_graph import GraphBuilder, element_type, reduce
+from attntune.interop.onnx_graph import GraphBuilder, element_type, reduce, zero_past_end
 from attntune.interop.onnx_recurrent import additive_attention, recurrent
 from attntune.ops.mean_pool import NORM_FLOOR
 
@@ -77,6 +77,8 @@ def linear(builder: GraphBuilder, call: OpCall) -> str:
         y = builder.node("Add", y, next(extra))
     if call.attrs.get("squeeze"):
         y = builder.node("Squeeze", y, builder.ints(1))
+    if call.attrs.get("lengths"):
+        y = zero_past_end(builder, y, next(extra), call.result_dtype)
     return y
 
 
@@ -111,8 +113,9 @@ def layer_norm(builder: GraphBuilder, call: OpCall) -> str:
     x, *rest = call.args
     if call.attrs.get("residual"):
         x = builder.node("Add", x, rest.pop(0))
-    weight, bias = rest
-    return builder.node("LayerNormalization", x, weight, bias, axis=-1, epsilon=float(call.attrs["eps"]))
+    weight, bias, *lengths = rest
+    y = builder.node("LayerNormalization", x, weight, bias, axis=-1, epsilon=float(call.attrs["eps"]))
+    return zero_past_end(builder, y, lengths[0], call.result_dtype) if lengths else y
 
 
 @emits("softmax")

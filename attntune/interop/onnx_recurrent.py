@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attntune.interop.onnx_graph import GraphBuilder, element_type
+from attntune.interop.onnx_graph import GraphBuilder, before_end, element_type
 from attntune.ops.additive_attention import LOWEST
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _sequence(
     last = [builder.node("Squeeze", value, builder.ints(0)) for value in last]
     if lengths is not None:
         zero = builder.constant(0.0, call.arg_dtypes[0])
-        inside = builder.node("Unsqueeze", _before(builder, lengths, builder.dim(outputs, 1)), builder.ints(2))
+        inside = builder.node("Unsqueeze", before_end(builder, lengths, builder.dim(outputs, 1)), builder.ints(2))
         outputs = builder.node("Where", inside, outputs, zero)
         some = builder.node("Unsqueeze", builder.node("Greater", lengths, builder.constant(0, "int32")),
                             builder.ints(1))  # fmt: skip
@@ -127,14 +127,6 @@ def _undo_linear(builder: GraphBuilder, projected: str, wide: int) -> tuple[str,
     return product.input[0], builder.weight(transpose.input[0]), builder.weight(add.input[1])
 
 
-def _before(builder: GraphBuilder, lengths: str, count: str) -> str:
-    """(batch, count) bool: positions before each length; ``count`` is an int64 tensor of shape (1,)."""
-    scalar = builder.node("Squeeze", count, builder.ints(0))
-    positions = builder.node("Range", builder.constant(0, "int64"), scalar, builder.constant(1, "int64"))
-    ends = builder.node("Unsqueeze", builder.node("Cast", lengths, to=element_type("int64")), builder.ints(1))
-    return builder.node("Less", positions, ends)
-
-
 def additive_attention(builder: GraphBuilder, call: OpCall) -> tuple[str, str]:
     """Scores by a tanh of sums, softmax, weighted sum; the weights with an axis for their one head."""
     query, key, value, *rest = call.args
@@ -153,7 +145,7 @@ def additive_attention(builder: GraphBuilder, call: OpCall) -> tuple[str, str]:
     if call.attrs.get("mask"):
         seen = builder.node("Cast", next(extra), to=element_type("bool"))
     if call.attrs.get("lengths"):
-        inside = _before(builder, next(extra), builder.dim(key, 1))
+        inside = before_end(builder, next(extra), builder.dim(key, 1))
         seen = inside if seen is None else builder.node("And", seen, inside)
     if seen is not None:
         zero = builder.constant(0.0, call.arg_dtypes[0])

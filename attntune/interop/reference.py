@@ -73,6 +73,8 @@ def sample_inputs(
         shape = bind(tensor.dims, dims)
         if "mask" in tensor.name:
             inputs[tensor.name] = _mask(shape, mask, rng).astype(tensor.dtype)
+        elif tensor.name == "lengths" and "attention_mask" in inputs:
+            inputs[tensor.name] = inputs["attention_mask"].sum(axis=1).astype(tensor.dtype)
         elif tensor.name == "source_lengths":
             rows = _mask((dims["batch"], dims["source"]), mask, rng)
             inputs[tensor.name] = rows.sum(axis=1).astype(tensor.dtype)

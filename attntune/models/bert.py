@@ -77,10 +77,16 @@ def build(config: BertConfig, weights: Mapping[str, np.ndarray], name: str) -> M
         InputSpec(f"attention.{index}", ("batch", config.num_attention_heads, "seq", "seq"), "float32")
         for index in range(config.num_hidden_layers)
     )
-    entries = {"forward": Entry(ids, (hidden,)), "attend": Entry(ids, (hidden, *maps), on_request=True)}
+    ragged = (*ids, InputSpec("lengths", ("batch",), "int32"))
+    entries = {
+        "forward": Entry(ids, (hidden,), ragged="forward_ragged"),
+        "forward_ragged": Entry(ragged, (hidden,), on_request=True),
+        "attend": Entry(ids, (hidden, *maps), on_request=True),
+    }
     if config.pooling:
         embedding = InputSpec("sentence_embedding", ("batch", config.hidden_size), "float32")
-        entries["embed"] = Entry(ids, (embedding,))
+        entries["embed"] = Entry(ids, (embedding,), ragged="embed_ragged")
+        entries["embed_ragged"] = Entry(ragged, (embedding,), on_request=True)
     return Model(
         name=name,
         family="bert",
@@ -165,12 +171,23 @@ def _module(c: BertConfig) -> Any:
             )
 
         def forward(
-            self, input_ids: Any, attention_mask: Any, token_type_ids: Any, maps: list[Any] | None = None
+            self,
+            input_ids: Any,
+            attention_mask: Any,
+            token_type_ids: Any,
+            maps: list[Any] | None = None,
+            lengths: Any | None = None,
         ) -> Any:
             x = self.embeddings(input_ids, token_type_ids)
             for layer in self.layers:
-                x = layer(x, attention_mask, maps)
+                x = layer(x, attention_mask if lengths is None else None, maps, lengths)
             return x
+
+        def forward_ragged(self, input_ids: Any, attention_mask: Any, token_type_ids: Any, lengths: Any) -> Any:
+            return self.forward(input_ids, attention_mask, token_type_ids, lengths=lengths)
+
+        def embed_ragged(self, input_ids: Any, attention_mask: Any, token_type_ids: Any, lengths: Any) -> Any:
+            return op.mean_pool(self.forward_ragged(input_ids, attention_mask, token_type_ids, lengths), attention_mask)
 
         def attend(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> Any:
             maps: list[Any] = []

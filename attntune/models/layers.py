@@ -31,11 +31,15 @@ class Linear(nn.Module):  # type: ignore[misc]
         self.bias = nn.Parameter((rows,), dtype) if bias else None
         self.activation, self.gated = activation, gated
 
-    def forward(self, x: Any, residual: Any | None = None, *, squeeze: bool = False) -> Any:
-        """X (…, in_features), residual (…, out_features) → (…, out_features); ``squeeze`` drops axis 1, of extent 1."""
+    def forward(self, x: Any, residual: Any | None = None, *, squeeze: bool = False, lengths: Any | None = None) -> Any:
+        """X (…, in_features), residual (…, out_features) → (…, out_features); ``squeeze`` drops axis 1, of extent 1.
+
+        ``lengths`` (batch,), with x (batch, seq, in_features): rows past them are not computed but zero.
+        """
         return op.linear(
-            x, self.weight, self.bias, activation=self.activation, residual=residual, gated=self.gated, squeeze=squeeze
-        )
+            x, self.weight, self.bias, activation=self.activation, residual=residual, gated=self.gated,
+            squeeze=squeeze, lengths=lengths,
+        )  # fmt: skip
 
 
 class LayerNorm(nn.Module):  # type: ignore[misc]
@@ -47,9 +51,9 @@ class LayerNorm(nn.Module):  # type: ignore[misc]
         self.bias = nn.Parameter((features,), dtype)
         self.eps = eps
 
-    def forward(self, x: Any) -> Any:
-        """X (…, features) → the same shape."""
-        return op.layer_norm(x, self.weight, self.bias, eps=self.eps)
+    def forward(self, x: Any, lengths: Any | None = None) -> Any:
+        """X (…, features) → the same shape, zero past ``lengths`` (batch,) of (batch, seq, features)."""
+        return op.layer_norm(x, self.weight, self.bias, eps=self.eps, lengths=lengths)
 
 
 class RMSNorm(nn.Module):  # type: ignore[misc]
@@ -97,12 +101,13 @@ class SelfAttention(nn.Module):  # type: ignore[misc]
         ``maps`` collects the attention weights, see :func:`attention`. ``lengths`` (batch,): rows past them are zeros.
         """
         context = attention(
-            self.qkv(x), heads=self.heads, head_dim=self.head_dim, mask=mask, causal=self.causal, maps=maps,
-            lengths=lengths, length_kind="qkv",
+            self.qkv(x, lengths=lengths), heads=self.heads, head_dim=self.head_dim, mask=mask, causal=self.causal,
+            maps=maps, lengths=lengths, length_kind="qkv",
         )  # fmt: skip
         if row is not None:
             context, residual = op.select_rows(context, row), op.select_rows(residual, row)
-        return self.output(context, residual)
+            return self.output(context, residual)
+        return self.output(context, residual, lengths=lengths)
 
     def cached(self, x: Any, lengths: Any, keys: Any, values: Any, residual: Any) -> Any:
         """The last rows of sequences ``lengths`` (batch,) long; caches (batch, context, hidden) gain them in place."""
@@ -124,9 +129,9 @@ class FeedForward(nn.Module):  # type: ignore[misc]
         self.up = Linear(hidden, inner, activation=activation, dtype=dtype)
         self.down = Linear(inner, hidden, dtype=dtype)
 
-    def forward(self, x: Any, residual: Any) -> Any:
-        """X and residual (…, hidden) → (…, hidden)."""
-        return self.down(self.up(x), residual)
+    def forward(self, x: Any, residual: Any, lengths: Any | None = None) -> Any:
+        """X and residual (…, hidden) → (…, hidden); ``lengths``: see :class:`Linear`."""
+        return self.down(self.up(x, lengths=lengths), residual, lengths=lengths)
 
 
 class PostNormEncoderLayer(nn.Module):  # type: ignore[misc]
@@ -147,7 +152,7 @@ class PostNormEncoderLayer(nn.Module):  # type: ignore[misc]
         ``maps``: see :func:`attention`.
         """
         x = self.attention_norm(self.attention(x, mask, x, maps, lengths=lengths))
-        return self.output_norm(self.feed_forward(x, x))
+        return self.output_norm(self.feed_forward(x, x, lengths), lengths)
 
 
 class PreNormEncoderLayer(nn.Module):  # type: ignore[misc]
@@ -173,7 +178,7 @@ class PreNormEncoderLayer(nn.Module):  # type: ignore[misc]
         ``maps``: see :func:`attention`.
         """
         x = self.attention(self.attention_norm(x), mask, x, maps, row, lengths)
-        return self.feed_forward(self.feed_forward_norm(x), x)
+        return self.feed_forward(self.feed_forward_norm(x), x, lengths if row is None else None)
 
 
 class PatchEmbedding(nn.Module):  # type: ignore[misc]

@@ -48,6 +48,10 @@ class Entry:
     a cache that is updated in place maps to itself and is no output."""
     on_request: bool = False
     """Compiled only when asked for by name."""
+    ragged: str = ""
+    """The entry that computes the same without the padding, which ``attention_mask`` shows at the right: it takes the
+    same inputs, then ``lengths`` (batch,) int32; rows past them are zero in its outputs. The runtime goes to it by
+    itself where it is compiled."""
 
     def dims(self) -> tuple[str, ...]:
         """Names of the symbolic dimensions of its inputs, in order of appearance."""

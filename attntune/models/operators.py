@@ -48,14 +48,17 @@ def linear(
     residual: Any | None = None,
     gated: bool = False,
     squeeze: bool = False,
+    lengths: Any | None = None,
 ) -> Any:
     """X (…, in), weight (out, in), bias (out,), residual (…, out) → (…, out).
 
-    ``gated``: weight and bias have 2·out rows. ``squeeze``: axis 1, of extent 1, is not in the result.
+    ``gated``: weight and bias have 2·out rows. ``squeeze``: axis 1, of extent 1, is not in the result. ``lengths``
+    (batch,) int32, with x (batch, seq, in): rows past them are not computed but zero.
     """
     attrs = {"bias": bias is not None, "activation": activation, "residual": residual is not None}
-    attrs |= {name: True for name, on in (("gated", gated), ("squeeze", squeeze)) if on}
-    args = [arg for arg in (x, weight, bias, residual) if arg is not None]
+    variants = (("gated", gated), ("squeeze", squeeze), ("lengths", lengths is not None))
+    attrs |= {name: True for name, on in variants if on}
+    args = [arg for arg in (x, weight, bias, residual, lengths) if arg is not None]
     lead = (x.shape[0], *x.shape[2:-1]) if squeeze else x.shape[:-1]
     return emit("linear", attrs, args, (*lead, weight.shape[0] // 2 if gated else weight.shape[0]), x.dtype)
 
@@ -98,10 +101,13 @@ def attention(
     )
 
 
-def layer_norm(x: Any, weight: Any, bias: Any, *, eps: float, residual: Any | None = None) -> Any:
-    """LN(x + residual) over the last axis; x (…, features)."""
-    args = [x, *([residual] if residual is not None else []), weight, bias]
-    return emit("layer_norm", {"eps": eps, "residual": residual is not None}, args, x.shape, x.dtype)
+def layer_norm(
+    x: Any, weight: Any, bias: Any, *, eps: float, residual: Any | None = None, lengths: Any | None = None
+) -> Any:
+    """LN(x + residual) over the last axis; x (…, features), zero past ``lengths`` (batch,) int32 of (batch, seq, …)."""
+    args = [arg for arg in (x, residual, weight, bias, lengths) if arg is not None]
+    attrs = {"eps": eps, "residual": residual is not None} | ({"lengths": True} if lengths is not None else {})
+    return emit("layer_norm", attrs, args, x.shape, x.dtype)
 
 
 def softmax(x: Any) -> Any:

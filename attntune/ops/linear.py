@@ -9,7 +9,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from attntune.ops.workload import FLOAT_DTYPES, TensorSpec, Workload, as_dtype, one_of, positive, require
+from attntune.ops.padding import before_end, zero_past_end
+from attntune.ops.workload import (
+    FLOAT_DTYPES,
+    TensorSpec,
+    Workload,
+    as_dtype,
+    example_lengths,
+    one_of,
+    positive,
+    random_operand,
+    require,
+)
 
 ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")
 #: Largest magnitude of a quantised value; -128 is not used, so that the range is symmetric.
@@ -29,6 +40,9 @@ class Linear(Workload):
     With ``weight_dtype="int8"`` the weight is symmetric int8 with one float32 scale an output feature, scale
     (rows of weight,) constant, after the weight; x is quantised as the kernel runs, symmetrically with one scale a row:
     ``q = round(x · 127 / max|x|)``. The products of integers are exact.
+
+    With ``seq``, the rows are those of sequences padded to seq positions, and lengths (rows/seq,) int32, the last
+    operand, says where each ends: rows from there on are not computed, whatever x holds in them, and are zero in y.
     """
 
     op: ClassVar[str] = "linear"
@@ -45,6 +59,8 @@ class Linear(Workload):
     """``""`` means ``dtype``; or ``"int8"``."""
     out_dtype: str = ""
     """Of y; ``""`` means ``dtype``."""
+    seq: int = 0
+    """Positions of a padded sequence; 0: no lengths."""
 
     def __post_init__(self) -> None:
         positive(self.op, rows=self.rows, in_features=self.in_features, out_features=self.out_features)
@@ -52,6 +68,10 @@ class Linear(Workload):
         one_of(self.op, "dtype", self.dtype, FLOAT_DTYPES)
         one_of(self.op, "weight_dtype", self.weight_dtype, ("", "int8"))
         one_of(self.op, "out_dtype", self.out_dtype, ("", *FLOAT_DTYPES))
+        require(
+            self.seq >= 0 and (self.seq == 0 or self.rows % self.seq == 0),
+            f"linear: expected rows ({self.rows}) to be a multiple of seq, got {self.seq}",
+        )
         if self.out_dtype == self.dtype:
             object.__setattr__(self, "out_dtype", "")
 
@@ -64,6 +84,10 @@ class Linear(Workload):
             f"linear: expected x (…, {weight.shape[1]}) for weight {weight.shape}, got {x.shape}",
         )
         gated = bool(attrs.get("gated", False))
+        require(
+            not attrs.get("lengths") or len(x.shape) == 3,
+            f"linear: expected x (batch, seq, in_features) with lengths, got {x.shape}",
+        )
         require(not gated or weight.shape[0] % 2 == 0, f"linear: expected an even gated weight, got {weight.shape}")
         return cls(
             rows=math.prod(x.shape[:-1]),
@@ -76,6 +100,7 @@ class Linear(Workload):
             gated=gated,
             weight_dtype="int8" if weight.dtype == "int8" else "",
             out_dtype=str(attrs.get("out_dtype", "")),
+            seq=x.shape[1] if attrs.get("lengths") else 0,
         )
 
     @property
@@ -89,7 +114,7 @@ class Linear(Workload):
         return self.weight_dtype == "int8"
 
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """X, weight, then scale, bias and residual where the variant has them."""
+        """X, weight, then scale, bias, residual and lengths where the variant has them."""
         specs = [
             TensorSpec("x", (self.rows, self.in_features), self.dtype),
             TensorSpec(
@@ -102,6 +127,8 @@ class Linear(Workload):
             specs.append(TensorSpec("bias", (self.weight_rows,), self.dtype, constant=True))
         if self.residual:
             specs.append(TensorSpec("residual", (self.rows, self.out_features), self.dtype))
+        if self.seq:
+            specs.append(TensorSpec("lengths", (self.rows // self.seq,), "int32"))
         return tuple(specs)
 
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -151,7 +178,8 @@ class Linear(Workload):
                 value = value * biased(i, j + self.out_features)
             if self.residual:
                 value = value + operand["residual"][i, j].astype("float32")
-            return value.astype(self.outputs()[0].dtype)
+            value = value.astype(self.outputs()[0].dtype)
+            return before_end(value, i, self.seq, operand["lengths"]) if self.seq else value
 
         return [*operand.values(), te.compute((self.rows, self.out_features), epilogue, name="y")]
 
@@ -186,7 +214,7 @@ class Linear(Workload):
         y = gate * y[:, self.out_features :] if self.gated else gate
         if self.residual:
             y = y + np.asarray(operand["residual"], np.float64)
-        return (y,)
+        return (zero_past_end(y, self.seq, operand["lengths"]) if self.seq else y,)
 
     def flops(self) -> int:
         """Multiply-adds of the product; the epilogue is not counted."""
@@ -200,13 +228,20 @@ class Linear(Workload):
         return rtol, atol
 
     def example_inputs(self, seed: int = 0) -> tuple[np.ndarray, ...]:
-        """Normal operands, weights scaled by 1/√in_features; int8 weights with the scales that undo them."""
-        if not self.quantized:
-            return super().example_inputs(seed)
+        """Normal operands, weights scaled by 1/√in_features; int8 weights with the scales that undo them.
+
+        Rows of x past their sequence's end are NaN.
+        """
         rng = np.random.default_rng(seed)
-        values = []
+        values: list[np.ndarray] = []
         for spec in self.inputs():
-            if spec.name == "weight":
+            if spec.name == "lengths":
+                lengths = example_lengths(rng, spec.shape[0], self.seq)
+                values[0].reshape(-1, self.seq, self.in_features)[np.arange(self.seq) >= lengths[:, None]] = np.nan
+                values.append(lengths)
+            elif not self.quantized:
+                values.append(random_operand(rng, spec))
+            elif spec.name == "weight":
                 weight = rng.standard_normal(spec.shape, np.float32) / np.float32(math.sqrt(self.in_features))
                 quantized, scale = quantize_weight(weight)
                 values += [quantized, scale]

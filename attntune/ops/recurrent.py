@@ -14,7 +14,15 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from attntune.ops.recurrent_expression import recurrence
-from attntune.ops.workload import TensorSpec, Workload, one_of, positive, random_operand, require
+from attntune.ops.workload import (
+    TensorSpec,
+    Workload,
+    example_lengths,
+    one_of,
+    positive,
+    random_operand,
+    require,
+)
 
 R = TypeVar("R", bound="Recurrent")
 
@@ -150,10 +158,7 @@ class Recurrent(Workload):
         rng = np.random.default_rng(seed)
         operands = [random_operand(rng, spec) for spec in self.inputs()]
         if self.lengths:
-            lengths = rng.integers(1, self.seq + 1, self.batch).astype(np.int32)
-            lengths[0] = self.seq
-            if self.batch >= 3:
-                lengths[-1] = 0
+            lengths = example_lengths(rng, self.batch, self.seq)
             operands[0][np.arange(self.seq) >= lengths[:, None]] = np.nan
             operands[-1] = lengths
         return tuple(operands)

@@ -141,6 +141,15 @@ class Workload(ABC):
         return f"{self.op}({', '.join(shown)})"
 
 
+def example_lengths(rng: np.random.Generator, batch: int, longest: int) -> np.ndarray:
+    """(batch,) int32: the first sequence full; with three or more, the last empty; the others of any length."""
+    lengths = rng.integers(1, longest + 1, batch).astype(np.int32)
+    lengths[0] = longest
+    if batch >= 3:
+        lengths[-1] = 0
+    return lengths
+
+
 def random_operand(rng: np.random.Generator, spec: TensorSpec) -> np.ndarray:
     """Standard normal floats (constants scaled by 1/√fan-in), zeros for integers."""
     if spec.dtype in INDEX_DTYPES:

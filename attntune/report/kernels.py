@@ -167,7 +167,9 @@ def short_label(key: str) -> str:
 def _linear_words(f: Mapping[str, Any]) -> list[str]:
     words = [f"{f['rows']}×{f['in_features']}→{f['out_features']}"]
     words += [f["activation"]] if f.get("activation") else []
-    return words + (["+residual"] if f.get("residual") else [])
+    words += ["gated"] if f.get("gated") else []
+    words += ["+residual"] if f.get("residual") else []
+    return words + ([f"in sequences of {f['seq']}"] if f.get("seq") else [])
 
 
 def _attention_words(f: Mapping[str, Any]) -> list[str]:
@@ -179,7 +181,8 @@ def _attention_words(f: Mapping[str, Any]) -> list[str]:
 
 
 def _plain_words(fields: Mapping[str, Any]) -> list[str]:
-    sizes = [str(v) for v in fields.values() if isinstance(v, int) and not isinstance(v, bool)]
+    # An optional size is 0 where the variant does not have it.
+    sizes = [str(v) for v in fields.values() if isinstance(v, int) and not isinstance(v, bool) and v != 0]
     flags = [f"+{name}" for name, v in fields.items() if v is True and name != "normalize"]
     return ["×".join(sizes), *flags]
 

@@ -90,6 +90,15 @@ def _as_numpy(value: Any, name: str) -> np.ndarray:
     raise InputError(f"input {name!r} is a {type(value).__name__}; expected a NumPy array or a torch tensor")
 
 
+def lengths_of(mask: np.ndarray | None, dims: Mapping[str, int]) -> np.ndarray | None:
+    """Lengths (batch,) int32 of the sequences that a mask (batch, seq) shows, or None where one is not padded right."""
+    if mask is None:
+        return np.full(dims["batch"], dims["seq"], np.int32)
+    seen = mask != 0
+    lengths = seen.sum(axis=1, dtype=np.int32)
+    return lengths if bool((seen == (np.arange(mask.shape[1]) < lengths[:, None])).all()) else None
+
+
 @dataclass(frozen=True)
 class Padded:
     """An aligned array as large as a bucket's input, and the tensor over its memory."""

@@ -14,7 +14,7 @@ from attntune.measure.threads import load_runtime
 from attntune.runtime.artifact import LIBRARY, WEIGHTS, Artifact, map_weights, open_artifact
 from attntune.runtime.buckets import Bucket, Piece, Planner, buckets_of
 from attntune.runtime.carried import Carried
-from attntune.runtime.inputs import Padded, aligned_zeros, bucket_shape, check_inputs, fit
+from attntune.runtime.inputs import Padded, aligned_zeros, bucket_shape, check_inputs, fit, lengths_of
 from attntune.runtime.kernel_thread import KERNEL_THREAD, device_tensors
 from attntune.target import Target
 
@@ -43,7 +43,9 @@ class TunedModel:
 
     Calling it runs the entry ``forward``; :meth:`run` runs any entry by name. Inputs go by keyword, with symbolic
     dimensions of any size up to the longest compiled shape; the batch is cut into, and sequences padded to, compiled
-    shapes. Calls may come from many threads; they run one after another, each on all cores.
+    shapes. Where an entry's ragged twin is compiled too (``forward_ragged`` beside ``forward``), padding at the right
+    is not computed, neither the caller's nor that; output rows of it are then zero. Calls may come from many threads;
+    they run one after another, each on all cores.
     """
 
     def __init__(self, artifact: Artifact, *, cores: int | None = None) -> None:
@@ -108,6 +110,9 @@ class TunedModel:
             dims = {**carried.sizes, **dims}
         else:
             pieces = planner.plan(dims)
+            if signature.get("ragged") in self.entries:
+                entry, arrays = self._without_padding(entry, signature, arrays, dims, pieces)
+                signature, pieces = self.require(entry), self._planners[entry].plan(dims)
         results = KERNEL_THREAD.run(self.cores, lambda: self._run(entry, signature, arrays, dims, pieces, carried))
         if torch_out:
             import torch
@@ -157,6 +162,22 @@ class TunedModel:
             raise InputError(f"{self.manifest['name']}: unknown entry {entry!r}: {advice}")
         found: Mapping[str, Any] = self.manifest["entries"][entry]
         return found
+
+    def _without_padding(
+        self,
+        entry: str,
+        signature: Mapping[str, Any],
+        arrays: list[np.ndarray | None],
+        dims: Mapping[str, int],
+        pieces: tuple[Piece, ...],
+    ) -> tuple[str, list[np.ndarray | None]]:
+        """The entry that skips padding, and its inputs, where there is some and all of it is at the right."""
+        names = [spec["name"] for spec in signature["inputs"]]
+        lengths = lengths_of(arrays[names.index("attention_mask")], dims)
+        computed = sum(piece.bucket["batch"] * piece.bucket["seq"] for piece in pieces)
+        if lengths is None or int(lengths.sum()) == computed:
+            return entry, arrays
+        return signature["ragged"], [*arrays, lengths]
 
     def _carried(self, entry: str, signature: Mapping[str, Any], inputs: Mapping[str, Any]) -> Carried:
         specs = [spec for spec in signature["inputs"] if spec.get("carried")]

@@ -59,6 +59,7 @@ def _linear(w: Linear, x, weight, *rest):
     from torch.nn import functional as F
 
     rest = list(rest)
+    lengths = rest.pop() if w.seq else None
     if w.quantized:
         import torch
 
@@ -79,7 +80,15 @@ def _linear(w: Linear, x, weight, *rest):
         y = activation(gate) * up
     else:
         y = activation(y)
-    return y + rest.pop(0) if w.residual else y
+    y = y + rest.pop(0) if w.residual else y
+    return y if lengths is None else _ended(y, w.seq, lengths)
+
+
+def _ended(rows, seq, lengths):
+    """Zeros in rows of (batch·seq, features) past each sequence's end."""
+    for b, length in enumerate(lengths.tolist()):
+        rows[b * seq + length : (b + 1) * seq] = 0
+    return rows
 
 
 def halve_far_scores(score, b, h, i, j):
@@ -152,8 +161,10 @@ def _attention(w: Attention, *operands):
 def _layer_norm(w: LayerNorm, x, *rest):
     from torch.nn import functional as F
 
+    *rest, lengths = rest if w.seq else (*rest, None)
     *residual, weight, bias = rest
-    return F.layer_norm(x + residual[0] if residual else x, (w.features,), weight, bias, w.eps)
+    y = F.layer_norm(x + residual[0] if residual else x, (w.features,), weight, bias, w.eps)
+    return y if lengths is None else _ended(y, w.seq, lengths)
 
 
 def _embedding_norm(w: EmbeddingNorm, ids, type_ids, word, position, type_, weight, bias):
@@ -353,6 +364,11 @@ ROWS: dict[str, Row] = {
             Linear(7, 45, 50, activation="relu", residual=True, weight_dtype="int8"),
             Linear(1, 64, 33, activation="gelu_tanh", gated=True, weight_dtype="int8"),
             Linear(18, 40, 64, dtype="bfloat16", weight_dtype="int8"),
+            Linear(51, 24, 48, activation="gelu", residual=True, seq=17),
+            Linear(40, 19, 37, seq=10),
+            Linear(34, 24, 32, activation="silu", gated=True, bias=False, seq=17),
+            Linear(39, 32, 48, residual=True, dtype="bfloat16", seq=13),
+            Linear(24, 40, 33, activation="gelu", dtype="bfloat16", weight_dtype="int8", seq=8),
         ),
         oracle=_linear,
         call=(
@@ -369,7 +385,7 @@ ROWS: dict[str, Row] = {
             activation=st.sampled_from(["", "gelu"]),
             residual=st.booleans(),
         ),
-        wrong=({"rows": 0}, {"activation": "swish"}, {"dtype": "int8"}, {"in_features": 2.5}),
+        wrong=({"rows": 0}, {"activation": "swish"}, {"dtype": "int8"}, {"in_features": 2.5}, {"rows": 5, "seq": 2}),
     ),
     "attention": Row(
         workloads=(
@@ -443,6 +459,8 @@ ROWS: dict[str, Row] = {
             LayerNorm(3, 15),
             LayerNorm(2, 384),
             LayerNorm(6, 1000, residual=True),
+            LayerNorm(51, 48, residual=True, seq=17),
+            LayerNorm(20, 37, seq=10),
         ),
         oracle=_layer_norm,
         call=(
@@ -451,7 +469,7 @@ ROWS: dict[str, Row] = {
             LayerNorm(6, 17, residual=True),
         ),
         drawn=st.builds(LayerNorm, rows=_SIZES, features=_SIZES, residual=st.booleans(), eps=st.just(1e-5)),
-        wrong=({"rows": -1}, {"eps": 0.0}, {"dtype": "int64"}),
+        wrong=({"rows": -1}, {"eps": 0.0}, {"dtype": "int64"}, {"rows": 5, "seq": 2}),
     ),
     "softmax": Row(
         workloads=(

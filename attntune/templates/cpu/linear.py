@@ -7,7 +7,7 @@ Loop nest, outermost first:
 
     parallel  column tiles          tile_vectors wide; each core streams its own panels (row_block = 0), or
               row blocks × columns  each core keeps its own rows (row_block > 0)
-    serial    row tiles             tile_rows high; the last lower
+    serial    row tiles             tile_rows high; the last lower; of padded sequences those with rows in them
     serial    in_features           k_unroll · chains groups at a time
     unrolled  chains × tile_rows × tile_vectors accumulators, in registers
     epilogue  on the registers; under an activation, on a copy of the tile in the first-level cache
@@ -86,7 +86,9 @@ class LinearCPU(ScheduleTemplate):
             in_registers = sums + vectors < target.vector_registers
             useful = chains == 1 or rows * vectors * chains <= 2 * _LATENCY
             block = config.integer("row_block")
-            whole_tiles = block % rows == 0 and (vectors > 1 or not config.get("apart", False))
+            whole_tiles = (
+                block % rows == 0 and not (w.seq and block) and (vectors > 1 or not config.get("apart", False))
+            )
             return in_registers and useful and sums * config.integer("k_unroll") <= 256 and whole_tiles
 
         return ConfigSpace(knobs, [fits])

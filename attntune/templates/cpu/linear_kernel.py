@@ -178,15 +178,53 @@ class LinearKernel:
     def _column(self, first_row: Any, rows: int, panels: _Panels) -> None:
         from tvm.tirx.script.builder import ir as T
 
+        if self.w.seq:
+            with T.serial(rows // self.w.seq) as b:
+                self._tiles_of(b * self.w.seq, self.w.seq, panels, self.operand["lengths"][b])
+        else:
+            self._tiles_of(first_row, rows, panels, None)
+
+    def _tiles_of(self, first_row: Any, rows: int, panels: _Panels, length: Any | None) -> None:
+        """``rows`` rows; with ``length``, only so many are computed, and the rest is zero."""
+        from tvm.tirx.script.builder import ir as T
+
+        def tile(start: Any, height: int) -> None:
+            if length is None:
+                self._tile(first_row + start, height, panels, None)
+                return
+            with T.If(start < length):
+                with T.Then():
+                    self._tile(first_row + start, height, panels, length - start)
+                with T.Else():
+                    self._zeros(first_row + start, height, panels)
+
         tiles, tail = divmod(rows, self.rows)
         if tiles:
             with T.serial(tiles) as t:
-                self._tile(first_row + t * self.rows, self.rows, panels)
+                tile(t * self.rows, self.rows)
         if tail:
-            self._tile(first_row + tiles * self.rows, tail, panels)
+            tile(tiles * self.rows, tail)
 
-    def _tile(self, row: Any, rows: int, panels: _Panels) -> None:
-        """``rows`` × ``panels.count`` accumulators, in ``chains`` copies that hide the latency of an addition."""
+    def _zeros(self, row: Any, rows: int, panels: _Panels) -> None:
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        y = self.operand["y"]
+        zero = tirx.const(0, y.dtype)
+        for a in range(rows):
+            for v in range(panels.count):
+                first = panels.at(v) * self.lanes
+                if not self.narrow:
+                    self.v.store(y, [row + a, first], tirx.Broadcast(zero, self.lanes))
+                    continue
+                with T.serial(self.lanes) as lane, T.If(first + lane < self.w.out_features), T.Then():
+                    T.buffer_store(y, zero, [row + a, first + lane])
+
+    def _tile(self, row: Any, rows: int, panels: _Panels, valid: Any | None) -> None:
+        """``rows`` × ``panels.count`` accumulators, in ``chains`` copies that hide the latency of an addition.
+
+        ``valid``: of so many rows at most; the others become zero.
+        """
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
@@ -222,7 +260,7 @@ class LinearKernel:
         for c in range(1, chains):
             for a, v in each:
                 self.v.store(acc, [0, a, v, 0], held(0, a, v) + held(c, a, v))
-        (self._through_memory if self.staged else self._from_registers)(held, row, rows, panels)
+        (self._through_memory if self.staged else self._from_registers)(held, row, rows, panels, valid)
 
     def _part(self, panels: _Panels, v: Any) -> Any:
         """Which of the weight's panels ``v`` is, counted over those of both parts."""
@@ -241,7 +279,7 @@ class LinearKernel:
             value = tirx.Cast(self.v.dtype, value) * (scale * self.v.broadcast(self.step[row + a]))
         return value + self.v.load(self.operand["bias"], [at]) if self.w.bias else value
 
-    def _from_registers(self, held: Any, row: Any, rows: int, panels: _Panels) -> None:
+    def _from_registers(self, held: Any, row: Any, rows: int, panels: _Panels, valid: Any | None) -> None:
         from tvm.tirx.script.builder import ir as T
 
         for a in range(rows):
@@ -251,9 +289,9 @@ class LinearKernel:
                     value = T.max(value, self.v.splat(0.0))
                 if self.w.gated:
                     value = value * self._value(held, row, a, panels, v * 2 + 1)
-                self._write(row + a, panels.at(v) * self.lanes, value)
+                self._write(row + a, panels.at(v) * self.lanes, value, None if valid is None else a < valid)
 
-    def _through_memory(self, held: Any, row: Any, rows: int, panels: _Panels) -> None:
+    def _through_memory(self, held: Any, row: Any, rows: int, panels: _Panels, valid: Any | None) -> None:
         from tvm.tirx.script.builder import ir as T
 
         from attntune.ops import math as tmath
@@ -264,7 +302,7 @@ class LinearKernel:
             for v in range(panels.count * self.parts):
                 self.v.store(stage, [a, v, 0], self._value(held, row, a, panels, v))
         with T.serial(rows) as a, T.unroll(panels.count) as v:
-            at = v * self.parts
+            at, inside = v * self.parts, None if valid is None else a < valid
             if w.activation:
                 with T.vectorized(lanes) as lane:
                     T.buffer_store(stage, getattr(tmath, w.activation)(stage[a, at, lane]), [a, at, lane])
@@ -272,18 +310,20 @@ class LinearKernel:
             if w.gated:
                 value = value * self.v.load(stage, [a, at + 1, 0])
             if not self.narrow:
-                self._write(row + a, panels.at(v) * lanes, value)
+                self._write(row + a, panels.at(v) * lanes, value, inside)
                 return
             with T.If(panels.at(v) < self.panels - 1):
                 with T.Then():
-                    self._write(row + a, panels.at(v) * lanes, value)
+                    self._write(row + a, panels.at(v) * lanes, value, inside)
                 with T.Else():
                     self.v.store(stage, [a, at, 0], value)
                     with T.serial(self.narrow) as lane:
-                        self._write_one(row + a, panels.at(v) * lanes + lane, stage[a, at, lane])
+                        self._write_one(row + a, panels.at(v) * lanes + lane, stage[a, at, lane], inside)
 
-    def _write(self, i: Any, column: Any, value: Any) -> None:
-        """One vector of y."""
+    def _write(self, i: Any, column: Any, value: Any, inside: Any | None) -> None:
+        """One vector of y; zero unless ``inside``."""
+        from tvm import tirx
+
         y = self.operand["y"]
         if self.w.residual:
             residual = self.operand["residual"]
@@ -291,10 +331,12 @@ class LinearKernel:
                 value = value + bf16.from_bits(residual.vload([i, column], dtype=f"uint16x{self.lanes}"), self.lanes)
             else:
                 value = value + self.v.load(residual, [i, column])
+        if inside is not None:
+            value = tirx.Select(inside, value, self.v.splat(0.0))
         self.v.store(y, [i, column], bf16.round_to_bits(value) if y.dtype == "uint16" else value)
 
-    def _write_one(self, i: Any, column: Any, value: Any) -> None:
-        """One element of y, of the last panel's few."""
+    def _write_one(self, i: Any, column: Any, value: Any, inside: Any | None) -> None:
+        """One element of y, of the last panel's few; zero unless ``inside``."""
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
@@ -302,6 +344,8 @@ class LinearKernel:
         if self.w.residual:
             residual = self.operand["residual"][i, column]
             value = value + (bf16.from_bits(residual) if residual.ty.dtype == "uint16" else residual)
+        if inside is not None:
+            value = tirx.Select(inside, value, tirx.const(0.0, "float32"))
         if y.dtype == "uint16":
             bits = T.sblock_alloc_buffer((self.lanes,), "uint16", scope="local")
             self.v.store(bits, [0], bf16.round_to_bits(tirx.Broadcast(value, self.lanes)))
