@@ -157,7 +157,11 @@ def test_unknown_engine_is_named(capsys, folder, model):
 
 def test_interrupt_keeps_everything_and_says_how_to_resume(tmp_path, model):
     database = tmp_path / "tuning.jsonl"
-    script = "import sys; from attntune.cli import main; sys.exit(main())"
+    # A shell without job control starts what it runs in the background with the signal ignored.
+    script = (
+        "import signal, sys; from attntune.cli import main; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main())"
+    )
     words = ["tune", model, "--shapes", "1x16", "--seconds", "300", "--database", str(database)]
     child = subprocess.Popen(
         [sys.executable, "-c", script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
