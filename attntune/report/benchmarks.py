@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attntune.engines.comparison import Comparison, Outcome, geometric_mean
+from attntune.engines.comparison import Comparison, Outcome, geometric_mean, paired_ratio
 from attntune.engines.kernel_comparison import OURS, KernelComparison, KernelResult
 from attntune.errors import ReportError
 from attntune.ops import workload_from_key
@@ -171,6 +171,54 @@ def tuning_section(document: Mapping[str, Any], raw: str) -> str:
         rows.append([row["shape"], *(f"{secs * 1e3:.2f} ms ({secs / base:.3f}×)" for secs in medians.values())])
     lines += ["", *table(["batch × seq", *names], rows)]
     return "\n".join(lines) + "\n"
+
+
+def generation_section(document: Mapping[str, Any], raw: str) -> str:
+    """One table for each prompt: tokens a second of every writer, and how often attntune writes while it writes one."""
+    writers = document["writers"]
+    lines = [
+        f"## generation: {document['model']}, {document['threads']} threads, {document['time'][:10]}",
+        "",
+        f"{document['machine'].get('cpu_model', 'unknown CPU')}; one sequence, greedy, {document['new_tokens']} new "
+        f"tokens, {document['settings']['rounds']} interleaved rounds, each writer in a process of its own; medians, "
+        "ratios of paired rounds with a 95 % interval: how many times as fast as the writer attntune is. "
+        f"Raw samples: [`{raw}`]({raw}).",
+        "",
+    ]
+    for label, samples in document["samples"].items():
+        ours = [name for name in samples if name.startswith(OURS)]
+        prompt = len(document["prompts"][label])
+        for phase, field, tokens in (("prefill", "prefill_secs", prompt), ("decode", "step_secs", 1)):
+            head = [f"{phase} after {label}" if phase == "decode" else f"{phase} of {label}", "tokens/s"]
+            head += [f"{writers[name]['title']} is" for name in ours]
+            rows = []
+            for name, rounds in samples.items():
+                times = [turn[field] for turn in rounds]
+                row = [writers[name]["title"], f"{tokens / statistics.median(times):.1f}"]
+                for own in ours:
+                    if name.startswith(OURS):
+                        row.append("")
+                        continue
+                    ratio = paired_ratio(times, [turn[field] for turn in samples[own]])
+                    row.append(f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]")
+                rows.append(row)
+            lines += [*table(head, rows), ""]
+        first = document["tokens"][label]
+        agreeing = [
+            f"{writers[name]['title']} {_common(first[name], first[OURS])}" for name in first if name != OURS
+        ]  # fmt: skip
+        lines += [
+            f"First tokens in common with attntune float32, of {document['new_tokens']}: {', '.join(agreeing)}.",
+            "",
+        ]
+    lines += [f"- {name}: {reason}" for name, reason in document["left_out"].items()]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens agree before the first that differs."""
+    pairs = zip(one, other, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def update_page(page: Path, name: str, section: str) -> None:

@@ -1,0 +1,226 @@
+"""Engines that write tokens with a decoder-only model, each meant for a process of its own; greedy, one sequence."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import numpy as np
+
+from attntune.engines.engine import OPENMP_ENV
+from attntune.errors import EngineError
+
+
+@dataclass(frozen=True)
+class WriterSource:
+    """What a writer may need of the model."""
+
+    path: str
+    """The model: a GGUF file, or a Hugging Face directory."""
+    artifacts: Mapping[str, str]
+    """Precision → a compiled artifact."""
+    context: int
+    """Capacity of the cache, in tokens."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """New tokens, and what they took."""
+
+    tokens: tuple[int, ...]
+    prefill_secs: float
+    """From the prompt's ids to the first new token."""
+    step_secs: tuple[float, ...]
+    """Of each further token."""
+
+
+class Writer(ABC):
+    """A model in memory that continues a prompt greedily, whatever the tokens: no token ends it."""
+
+    title: ClassVar[str]
+    precision: ClassVar[str] = "float32"
+    package: ClassVar[str] = ""
+    env: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Why it cannot run here, or None."""
+        missing = cls.package and find_spec(cls.package) is None
+        return f"package {cls.package} is not installed" if missing else None
+
+    @abstractmethod
+    def load(self, source: WriterSource, threads: int) -> None:
+        """Read the model."""
+
+    @abstractmethod
+    def begin(self, prompt: Sequence[int]) -> int:
+        """Forget what was, read the prompt, give the first new token."""
+
+    @abstractmethod
+    def step(self, token: int, length: int) -> int:
+        """The token after ``token``, which is number ``length`` of the sequence, counted from 1."""
+
+    def write(self, prompt: Sequence[int], count: int) -> Written:
+        """``count`` new tokens after ``prompt``."""
+        start = time.perf_counter()
+        tokens = [self.begin(prompt)]
+        times = [time.perf_counter() - start]
+        while len(tokens) < count:
+            start = time.perf_counter()
+            tokens.append(self.step(tokens[-1], len(prompt) + len(tokens)))
+            times.append(time.perf_counter() - start)
+        return Written(tuple(tokens), times[0], tuple(times[1:]))
+
+
+class AttntuneWriter(Writer):
+    """A compiled artifact: entries prefill, of one compiled length, and decode."""
+
+    title: ClassVar[str] = "attntune"
+
+    def load(self, source: WriterSource, threads: int) -> None:
+        """Load the artifact of the writer's precision."""
+        from attntune.runtime import load
+
+        self._tuned = load(source.artifacts[self.precision], cores=threads)
+        self._state = self._tuned.state("decode", 1, context=source.context)
+
+    def begin(self, prompt: Sequence[int]) -> int:
+        """The whole prompt in one call."""
+        ids, lengths = np.asarray(prompt)[None], np.array([len(prompt)], np.int32)
+        last = np.array([len(prompt) - 1], np.int64)
+        logits = self._tuned.run("prefill", input_ids=ids, lengths=lengths, last=last, **self._state)
+        return int(logits[0].argmax())
+
+    def step(self, token: int, length: int) -> int:
+        """One call of decode."""
+        ids, lengths = np.array([[token]]), np.array([length], np.int32)
+        return int(self._tuned.run("decode", input_ids=ids, lengths=lengths, **self._state)[0].argmax())
+
+
+class AttntuneBFloat16Writer(AttntuneWriter):
+    """The same in bfloat16."""
+
+    title: ClassVar[str] = "attntune bfloat16"
+    precision: ClassVar[str] = "bfloat16"
+
+
+class AttntuneInt8Writer(AttntuneWriter):
+    """The same with int8 weights."""
+
+    title: ClassVar[str] = "attntune int8"
+    precision: ClassVar[str] = "int8"
+
+
+class PyTorchWriter(Writer):
+    """PyTorch eager: SDPA over a preallocated cache that is written in place."""
+
+    title: ClassVar[str] = "PyTorch"
+    package: ClassVar[str] = "torch"
+    env: ClassVar[Mapping[str, str]] = OPENMP_ENV
+
+    def load(self, source: WriterSource, threads: int) -> None:
+        """The model's PyTorch twins, prefill and decode over the same weights."""
+        import torch
+
+        from attntune.engines.torch_reference import TorchModel
+        from attntune.models import from_pretrained
+
+        torch.set_num_threads(threads)
+        model = from_pretrained(source.path)
+        dtype = getattr(torch, self.precision)
+        self._torch = torch
+        self._prefill = TorchModel(model, "prefill", self.precision)
+        self._decode = TorchModel(model, "decode", self.precision)
+        width = {"batch": 1, "context": source.context}
+        self._caches = {
+            spec.name: torch.zeros([width[d] if isinstance(d, str) else d for d in spec.dims], dtype=dtype)
+            for spec in model.entries["decode"].inputs
+            if spec.carried
+        }
+
+    def begin(self, prompt: Sequence[int]) -> int:
+        """The whole prompt in one call."""
+        tensor = self._torch.tensor
+        last = tensor([len(prompt) - 1])
+        ids, lengths = tensor([list(prompt)]), tensor([len(prompt)], dtype=self._torch.int32)
+        with self._torch.inference_mode():
+            out = self._prefill(input_ids=ids, lengths=lengths, last=last, **self._filled(len(prompt)))
+            return int(out["logits"][0].argmax())
+
+    def step(self, token: int, length: int) -> int:
+        """One call of decode."""
+        tensor = self._torch.tensor
+        ids, lengths = tensor([[token]]), tensor([length], dtype=self._torch.int32)
+        with self._torch.inference_mode():
+            out = self._decode(input_ids=ids, lengths=lengths, **self._filled(length))
+            return int(out["logits"][0].argmax())
+
+    def _filled(self, length: int) -> dict[str, Any]:
+        """Views of the caches' part that is filled after the call: no time goes into keys that are not there."""
+        return {name: cache[:, :length] for name, cache in self._caches.items()}
+
+
+class PyTorchBFloat16Writer(PyTorchWriter):
+    """The same in bfloat16."""
+
+    title: ClassVar[str] = "PyTorch bfloat16"
+    precision: ClassVar[str] = "bfloat16"
+
+
+class LlamaCppWriter(Writer):
+    """llama.cpp on the GGUF file itself, its weights as they are stored."""
+
+    title: ClassVar[str] = "llama.cpp"
+    precision: ClassVar[str] = "stored"
+    package: ClassVar[str] = "llama_cpp"
+
+    def load(self, source: WriterSource, threads: int) -> None:
+        """Read the file."""
+        from llama_cpp import Llama
+
+        self._model = Llama(
+            source.path, n_ctx=source.context, n_batch=source.context, n_threads=threads, n_threads_batch=threads,
+            verbose=False,
+        )  # fmt: skip
+
+    def begin(self, prompt: Sequence[int]) -> int:
+        """The whole prompt in one batch."""
+        self._model.reset()
+        self._model.eval(list(prompt))
+        return int(self._model.sample(temp=0.0))
+
+    def step(self, token: int, length: int) -> int:
+        """One evaluation."""
+        self._model.eval([token])
+        return int(self._model.sample(temp=0.0))
+
+
+#: Writers by name; those of attntune first.
+WRITERS: dict[str, type[Writer]] = {
+    "attntune": AttntuneWriter,
+    "attntune-bf16": AttntuneBFloat16Writer,
+    "attntune-int8": AttntuneInt8Writer,
+    "pytorch": PyTorchWriter,
+    "pytorch-bf16": PyTorchBFloat16Writer,
+    "llama.cpp": LlamaCppWriter,
+}
+
+_open: Writer | None = None
+
+
+def open_writer(name: str, source: WriterSource, threads: int) -> None:
+    """Make this process that writer."""
+    global _open
+    _open = WRITERS[name]()
+    _open.load(source, threads)
+
+
+def write(prompt: Sequence[int], count: int) -> Written:
+    """See :meth:`Writer.write`."""
+    if _open is None:
+        raise EngineError("expected open_writer before write")
+    return _open.write(prompt, count)
