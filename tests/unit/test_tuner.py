@@ -295,6 +295,14 @@ class TestInterrupt:
         assert tune(TOY, database, trials=10, on_event=press).interrupted
         assert len(trial_keys(database)) == 3
 
+    @pytest.fixture
+    def usual_handler(self):
+        """A shell without job control starts what it runs in the background with the signal ignored."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
+    @pytest.mark.usefixtures("usual_handler")
     def test_ctrl_c_where_the_exception_is_lost(self, database):
         def lost(event):
             with contextlib.suppress(KeyboardInterrupt):
