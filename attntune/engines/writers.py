@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import numpy as np
 
 from attntune.engines.engine import OPENMP_ENV
-from attntune.errors import EngineError
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class WriterSource:
     """What a writer may need of the model."""
 
     path: str
-    """The model: a GGUF file, or a Hugging Face directory."""
+    """The model's own files, such as a GGUF file or a directory."""
     artifacts: Mapping[str, str]
     """Precision → a compiled artifact."""
     context: int
@@ -33,13 +32,13 @@ class Written:
 
     tokens: tuple[int, ...]
     prefill_secs: float
-    """From the prompt's ids to the first new token."""
+    """From the prompt's ids to the first new token; of one that hears, of the encoder."""
     step_secs: tuple[float, ...]
-    """Of each further token."""
+    """Of each further token; of one that hears, of the whole."""
 
 
-class Writer(ABC):
-    """A model in memory that continues a prompt greedily, whatever the tokens: no token ends it."""
+class Engine(ABC):
+    """A model in memory that writes tokens greedily."""
 
     title: ClassVar[str]
     precision: ClassVar[str] = "float32"
@@ -57,6 +56,14 @@ class Writer(ABC):
         """Read the model."""
 
     @abstractmethod
+    def write(self, prompt: Any, count: int) -> Written:
+        """At most ``count`` tokens that follow ``prompt``."""
+
+
+class Writer(Engine):
+    """One that continues token ids, whatever the tokens: none ends it."""
+
+    @abstractmethod
     def begin(self, prompt: Sequence[int]) -> int:
         """Forget what was, read the prompt, give the first new token."""
 
@@ -65,7 +72,7 @@ class Writer(ABC):
         """The token after ``token``, which is number ``length`` of the sequence, counted from 1."""
 
     def write(self, prompt: Sequence[int], count: int) -> Written:
-        """``count`` new tokens after ``prompt``."""
+        """Just ``count`` tokens."""
         start = time.perf_counter()
         tokens = [self.begin(prompt)]
         times = [time.perf_counter() - start]
@@ -208,19 +215,3 @@ WRITERS: dict[str, type[Writer]] = {
     "pytorch-bf16": PyTorchBFloat16Writer,
     "llama.cpp": LlamaCppWriter,
 }
-
-_open: Writer | None = None
-
-
-def open_writer(name: str, source: WriterSource, threads: int) -> None:
-    """Make this process that writer."""
-    global _open
-    _open = WRITERS[name]()
-    _open.load(source, threads)
-
-
-def write(prompt: Sequence[int], count: int) -> Written:
-    """See :meth:`Writer.write`."""
-    if _open is None:
-        raise EngineError("expected open_writer before write")
-    return _open.write(prompt, count)

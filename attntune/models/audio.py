@@ -97,6 +97,7 @@ def log_mel(samples: np.ndarray, bins: int = 80, seconds: float = SECONDS) -> np
     then (x + 4) / 4.
     """
     from scipy.fft import rfft
+    from scipy.sparse import csr_array
 
     count = round(seconds * SAMPLE_RATE)
     padded = np.zeros(count, np.float32)
@@ -108,6 +109,8 @@ def log_mel(samples: np.ndarray, bins: int = 80, seconds: float = SECONDS) -> np
     frames = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::HOP][: count // HOP]
     spectrum = rfft(frames * hann, axis=1)
     power = spectrum.real**2 + spectrum.imag**2
-    decibels = np.log10(np.maximum(power @ mel_filters(bins).T, 1e-10)).T
+    # A filter has a dozen frequencies. And no BLAS: its threads would wait, spinning, beside the encoder's.
+    energies = csr_array(mel_filters(bins)) @ power.T
+    decibels = np.log10(np.maximum(energies, 1e-10))
     decibels = np.maximum(decibels, decibels.max() - 8.0)
     return np.ascontiguousarray((decibels + 4.0) / 4.0, np.float32)

@@ -175,26 +175,32 @@ def tuning_section(document: Mapping[str, Any], raw: str) -> str:
 
 def generation_section(document: Mapping[str, Any], raw: str) -> str:
     """One table for each prompt: tokens a second of every writer, and how often attntune writes while it writes one."""
-    writers = document["writers"]
+    writers, heard = document["writers"], bool(document.get("heard"))
     lines = [
-        f"## generation: {document['model']}, {document['threads']} threads, {document['time'][:10]}",
+        f"## {'transcription' if heard else 'generation'}: {document['model']}, {document['threads']} threads, "
+        f"{document['time'][:10]}",
         "",
-        f"{document['machine'].get('cpu_model', 'unknown CPU')}; one sequence, greedy, {document['new_tokens']} new "
-        f"tokens, {document['settings']['rounds']} interleaved rounds, each writer in a process of its own; medians, "
+        f"{document['machine'].get('cpu_model', 'unknown CPU')}; one sequence, greedy, at most "
+        f"{document['new_tokens']} new tokens, {document['settings']['rounds']} interleaved rounds, each writer in a "
+        "process of its own; medians, "
         "ratios of paired rounds with a 95 % interval: how many times as fast as the writer attntune is. "
         f"Raw samples: [`{raw}`]({raw}).",
         "",
     ]
     for label, samples in document["samples"].items():
         ours = [name for name in samples if name.startswith(OURS)]
-        prompt = len(document["prompts"][label])
-        for phase, field, tokens in (("prefill", "prefill_secs", prompt), ("decode", "step_secs", 1)):
-            head = [f"{phase} after {label}" if phase == "decode" else f"{phase} of {label}", "tokens/s"]
+        prompt = document["prompt_tokens"][label]
+        phases = (("encoder on", "prefill_secs", 0), ("whole of", "step_secs", 0)) if heard else (
+            ("prefill of", "prefill_secs", prompt), ("decode after", "step_secs", 1)
+        )  # fmt: skip
+        for phase, field, tokens in phases:
+            head = [f"{phase} {label}", "ms" if heard else "tokens/s"]
             head += [f"{writers[name]['title']} is" for name in ours]
             rows = []
             for name, rounds in samples.items():
                 times = [turn[field] for turn in rounds]
-                row = [writers[name]["title"], f"{tokens / statistics.median(times):.1f}"]
+                median = statistics.median(times)
+                row = [writers[name]["title"], f"{median * 1e3:.0f}" if heard else f"{tokens / median:.1f}"]
                 for own in ours:
                     if name.startswith(OURS):
                         row.append("")

@@ -7,7 +7,7 @@ from checkpoints import LLAMA, llama_tensors, write
 
 from attntune.compiler import compile
 from attntune.engines.generation import compare_writers
-from attntune.engines.writers import WriterSource
+from attntune.engines.writers import WRITERS, Writer, WriterSource
 from attntune.errors import EngineError
 from attntune.models import from_pretrained
 from attntune.report.benchmarks import generation_section
@@ -23,7 +23,8 @@ def found(tmp_path_factory):
     saved = compile(model, shapes=[shape], entries=["prefill", "decode"]).save(folder / "m.attn")
     return compare_writers(
         WriterSource(str(path), {"float32": str(saved)}, 32), {"12 tokens": list(range(3, 15))}, 9,
-        ["attntune", "attntune-int8", "pytorch"], target=native().with_cores(1), rounds=2, say=lambda line: None,
+        {name: WRITERS[name] for name in ("attntune", "attntune-int8", "pytorch")}, target=native().with_cores(1), rounds=2,
+        say=lambda line: None,
     )  # fmt: skip
 
 
@@ -49,6 +50,11 @@ def test_the_page_has_rates_and_ratios(found):
     assert "attntune-int8" in text
 
 
-def test_unknown_writers_are_named():
-    with pytest.raises(EngineError, match="pencil"):
-        compare_writers(WriterSource("", {}, 1), {}, 1, ["pencil"], target=native(), rounds=1, say=print)
+def test_nobody_left_is_an_error():
+    class Pencil(Writer):
+        package = "pencil"
+
+    with pytest.raises(EngineError, match="package pencil is not installed"):
+        compare_writers(
+            WriterSource("", {}, 1), {"x": [1]}, 1, {"pencil": Pencil}, target=native(), rounds=1, say=print
+        )
