@@ -88,6 +88,15 @@ class _Relabelled:
         return 1, 0
 
 
+class _Writable:
+    """An array's memory for writing: NumPy takes what comes in a capsule without a version for read-only."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
+
+
 def as_tensor(array: np.ndarray) -> Any:
     """``array`` as a ``tvm_ffi.Tensor`` over the same memory."""
     from attntune.measure.threads import load_runtime
@@ -99,5 +108,5 @@ def as_tensor(array: np.ndarray) -> Any:
 def as_array(tensor: Any) -> np.ndarray:
     """A ``tvm_ffi.Tensor`` as a NumPy array over the same memory."""
     if str(tensor.dtype) == "bfloat16":
-        return np.from_dlpack(_Relabelled(tensor, _DLPACK_UINT)).view(numpy_dtype("bfloat16"))
+        return np.asarray(_Writable(np.from_dlpack(_Relabelled(tensor, _DLPACK_UINT)))).view(numpy_dtype("bfloat16"))
     return np.from_dlpack(tensor)

@@ -3,7 +3,7 @@
 NAME.attn/
   manifest.json   format, target, versions, entries, shape buckets, each kernel's record or ``default``, sha256 sums
   kernels.so      every kernel and the Relax VM executable
-  weights.bin     packed weights, each at a multiple of 64 bytes, mapped into memory and shared between processes
+  weights.bin     packed weights, each at a multiple of 64 bytes, mapped into memory
   tokenizer.json  where the model has one; or vocabulary.json, of symbols
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -30,6 +31,7 @@ ALIGNMENT = 64
 MANIFEST = "manifest.json"
 LIBRARY = "kernels.so"
 WEIGHTS = "weights.bin"
+_HUGE_PAGE = 2 << 20
 
 
 @dataclass
@@ -76,15 +78,40 @@ def write_weights(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, dic
     return index
 
 
-def map_weights(path: Path, index: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Views into the mapped file: pages are shared between processes, and a write, were there one, stays private."""
-    raw = np.memmap(path, np.uint8, mode="c")
+def map_weights(path: Path, index: Mapping[str, Mapping[str, Any]], *, huge: bool = False) -> dict[str, np.ndarray]:
+    """Views into the mapped file: pages are shared between processes, and a write, were there one, stays private.
+
+    ``huge``: into a copy of the file on huge pages instead, where the system has them. A model that writes token after
+    token reads all its weights for each, as fast as memory gives them: 0 to 8 % faster so (Zen 4; SmolLM2-135M).
+    """
+    raw = _on_huge_pages(path) if huge else None
+    if raw is None:
+        raw = np.memmap(path, np.uint8, mode="c")
     arrays = {}
     for name, entry in index.items():
         dtype, shape = numpy_dtype(entry["dtype"]), tuple(entry["shape"])
         size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         arrays[name] = np.asarray(raw[entry["offset"] : entry["offset"] + size]).view(dtype).reshape(shape)
     return arrays
+
+
+def _on_huge_pages(path: Path) -> np.ndarray | None:
+    """The file's bytes in memory of this process alone; None where huge pages cannot be asked for."""
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    size = path.stat().st_size
+    if advice is None or size < _HUGE_PAGE:
+        return None
+    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(advice)
+    except OSError:
+        return None
+    raw = np.frombuffer(memory, np.uint8)
+    start = -raw.ctypes.data % _HUGE_PAGE
+    raw = raw[start : start + size]
+    with path.open("rb") as file:
+        file.readinto(raw.data)
+    return raw
 
 
 def sha256(path: Path) -> str:

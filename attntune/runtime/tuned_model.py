@@ -56,7 +56,9 @@ class TunedModel:
         self._planners = {
             entry: Planner(buckets_of(self.manifest["buckets"], entry)) for entry in self.manifest["entries"]
         }
-        arrays = map_weights(self.folder / WEIGHTS, self.manifest["weights"])
+        arrays = map_weights(
+            self.folder / WEIGHTS, self.manifest["weights"], huge=self.manifest.get("generation") is not None
+        )
         KERNEL_THREAD.run(self.cores, lambda: self._load(arrays))
 
     def _load(self, arrays: Mapping[str, np.ndarray]) -> None:

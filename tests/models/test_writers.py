@@ -23,8 +23,8 @@ def found(tmp_path_factory):
     saved = compile(model, shapes=[shape], entries=["prefill", "decode"]).save(folder / "m.attn")
     return compare_writers(
         WriterSource(str(path), {"float32": str(saved)}, 32), {"12 tokens": list(range(3, 15))}, 9,
-        {name: WRITERS[name] for name in ("attntune", "attntune-int8", "pytorch")}, target=native().with_cores(1), rounds=2,
-        say=lambda line: None,
+        {name: WRITERS[name] for name in ("attntune", "attntune-int8", "pytorch")},
+        target=native().with_cores(1), rounds=2, say=lambda line: None,
     )  # fmt: skip
 
 
