@@ -371,6 +371,11 @@ def user_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attntune"
 
 
+def cuda_home() -> Path:
+    """Where the CUDA toolkit is: ``$CUDA_HOME``, /usr/local/cuda by default."""
+    return Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")
+
+
 def _cache_bytes(level: int, kind: str, fallback: int) -> int:
     for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         try:
