@@ -1,0 +1,5 @@
+"""Device functions."""
+
+from __future__ import annotations
+
+SOURCES: dict[str, str] = {}
