@@ -23,6 +23,7 @@ from attntune.templates.cpu.rms_norm import RMSNormCPU
 from attntune.templates.cpu.softmax import SoftmaxCPU
 from attntune.templates.cpu.top_k import ArgMaxCPU, TopKCPU
 from attntune.templates.cuda.generic import GenericCUDA
+from attntune.templates.cuda.linear import LinearCUDA
 from attntune.templates.cuda.rows import EmbeddingNormCUDA, LayerNormCUDA, RMSNormCUDA, SoftmaxCUDA
 from attntune.templates.template import Packing, ScheduleTemplate
 
@@ -53,6 +54,7 @@ REGISTRY: tuple[ScheduleTemplate, ...] = (
     UnfoldCPU(),
     EmbeddingNormCUDA(),
     LayerNormCUDA(),
+    LinearCUDA(),
     RMSNormCUDA(),
     SoftmaxCUDA(),
 )
