@@ -4,13 +4,15 @@ import random
 from pathlib import Path
 
 import pytest
-from gpu import needs_nvcc
+from gpu import compiled, instructions, needs_nvcc
 from operators import ROWS
 
 from attntune.measure.worker import IsolatedProcess
+from attntune.ops import Linear
+from attntune.search.space import Config
 from attntune.target import PRESETS
 from attntune.templates import GENERIC, REGISTRY, template_for
-from attntune.templates.lowering import build_with_resources
+from attntune.templates.cuda.linear import LinearCUDA
 
 HERE = Path(__file__).parent
 TARGET = PRESETS["sm_80"]
@@ -52,16 +54,13 @@ class TestRows:
             for seed, config in enumerate(sampled(space, template.default(workload, TARGET), 1, workload.key())):
                 emulate(emulator, template, workload, config, seed=seed)
 
-    def test_it_compiles_without_spills(self, op):
-        size = (
-            {"positions": 64, "seq": 16, "features": 1024} if op == "embedding_norm" else {"rows": 64, "features": 1024}
-        )
+    def test_it_compiles_without_spills(self, monkeypatch, op):
+        size = {"positions": 64, "seq": 16} if op == "embedding_norm" else {"rows": 64}
         for dtype, name in (("float32", "sm_86"), ("bfloat16", "sm_90a")):
-            workload = ROWS[op].workloads[0].replace(dtype=dtype, **size)
+            workload = ROWS[op].workloads[0].replace(dtype=dtype, features=1024, **size)
             template = template_for(workload, PRESETS[name])
-            module = template.schedule(workload, PRESETS[name], template.default(workload, PRESETS[name]))
-            _, resources = build_with_resources(module, PRESETS[name])
-            (kernel,) = resources.values()
+            config = template.default(workload, PRESETS[name])
+            kernel, _ = compiled(monkeypatch, template, workload, PRESETS[name], config)
             assert kernel["registers"] <= 64
             assert kernel["blocks_per_sm"] * kernel["threads"] >= 1024
 
@@ -74,3 +73,59 @@ def test_the_generic_schedule_matches_the_reference(emulator, op):
     rng = random.Random(op)
     for config in (template.default(workload, TARGET), template.space(workload, TARGET).sample(rng)):
         emulate(emulator, template, workload, config, seed=rng.randrange(100))
+
+
+#: Edges in every direction, one slice and many, every epilogue, odd widths, few rows.
+LINEARS = (
+    Linear(100, 96, 80, dtype="bfloat16", activation="gelu", residual=True),
+    Linear(64, 264, 64, dtype="float16", bias=False),
+    Linear(70, 136, 75, dtype="float16", activation="gelu_tanh", residual=True),
+    Linear(33, 72, 48, dtype="bfloat16", gated=True, activation="silu", residual=True),
+    Linear(1, 200, 130, dtype="bfloat16", out_dtype="float32"),
+)
+
+
+@needs_nvcc
+class TestLinear:
+    template = LinearCUDA()
+
+    @pytest.mark.parametrize("workload", LINEARS, ids=str)
+    def test_sampled_configs_match_the_reference(self, emulator, workload):
+        assert template_for(workload, TARGET).reference_name() == self.template.reference_name()
+        space = self.template.space(workload, TARGET)
+        default = self.template.default(workload, TARGET)
+        # A large tile unrolls an activation into much code, which the host's compiler takes long to compile.
+        small = [c for c in space if c.integer("block_m") * c.integer("block_n") <= 4096 and c["stages"] != 4]
+        for config in (default, random.Random(workload.key()).choice(small)):
+            for late in (True, False):
+                emulate(emulator, self.template, workload, config, late=late, seed=3)
+
+    @pytest.mark.parametrize(
+        ("workload", "name", "knobs"),
+        [
+            (Linear(4096, 4096, 4096, dtype="bfloat16"), "sm_80", None),
+            (Linear(4096, 384, 1536, dtype="float16", activation="gelu"), "sm_90a", (128, 64, 32, 4, 2, 2, 8)),
+            (
+                Linear(512, 576, 1536, dtype="bfloat16", gated=True, activation="silu"),
+                "sm_86",
+                (64, 64, 64, 4, 1, 2, 8),
+            ),
+            (Linear(17, 1024, 1025, dtype="float16", residual=True), "sm_100", (16, 32, 32, 2, 1, 2, 1)),
+        ],
+    )
+    def test_it_compiles_to_tensor_core_instructions_without_spills(self, monkeypatch, tmp_path, workload, name, knobs):
+        target = PRESETS[name]
+        names = ("block_m", "block_n", "block_k", "stages", "warps_m", "warps_n", "group")
+        config = Config.of(**dict(zip(names, knobs, strict=True))) if knobs else self.template.default(workload, target)
+        kernel, cubin = compiled(monkeypatch, self.template, workload, target, config)
+        tile = config.integer("block_m") * config.integer("block_n") * config.integer("block_k")
+        products = (2 if workload.gated else 1) * tile // (kernel["threads"] // 32) // (16 * 8 * 16)
+        suffix = r"\.BF16" if workload.dtype == "bfloat16" else ""
+        assert instructions(cubin, tmp_path, rf"HMMA\.16816\.F32{suffix}\b") >= products
+        assert instructions(cubin, tmp_path, "LDSM") > 0
+        assert instructions(cubin, tmp_path, "LDGSTS") > 0
+
+    def test_a_kernel_beyond_the_targets_shared_memory_is_rejected(self):
+        space = self.template.space(LINEARS[0].replace(rows=4096, out_features=4096), PRESETS["sm_86"])
+        large = self.template.space(LINEARS[0].replace(rows=4096, out_features=4096), PRESETS["sm_90a"])
+        assert len(space) < len(large)

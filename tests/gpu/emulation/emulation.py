@@ -25,18 +25,21 @@ _folder = tempfile.TemporaryDirectory(prefix="attntune-emulation-")
 _driver: Any = None
 
 
-def install() -> None:
-    """Load the emulated driver in place of CUDA's, and hand it every kernel that is built."""
+def load_driver() -> None:
+    """Load the emulated driver and runtime under the names of CUDA's."""
     global _driver
-    libraries = {"libcuda.so.1": (), "libcudart.so.13": ()}
-    for name in libraries:
-        path = Path(_folder.name) / name
-        version = Path(_folder.name) / "version"
+    for name in ("libcuda.so.1", "libcudart.so.13"):
+        path, version = Path(_folder.name) / name, Path(_folder.name) / "version"
         version.write_text(f"{name} {{ global: *; }};")
-        cart = [f"-Wl,--version-script={version}"] if name.startswith("libcudart") else []
-        _compile(_HERE / "driver.cpp", path, f"-Wl,-soname,{name}", *cart)
+        script = [f"-Wl,--version-script={version}"] if name.startswith("libcudart") else []
+        _compile(_HERE / "driver.cpp", path, f"-Wl,-soname,{name}", *script)
         loaded = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
         _driver = _driver or loaded
+
+
+def install() -> None:
+    """Load the emulated driver, then TVM over it, and hand the host's compiler every kernel that is built."""
+    load_driver()
     from attntune.templates import cuda_lowering, nvcc
 
     def compile_source(source: str, target: Any, *, ptx: bool = False) -> nvcc.Compiled:
@@ -116,3 +119,22 @@ def check(template_name: str, workload: Any, target: Any, config: Any, late: boo
         if problem:
             return f"{workload} {config}: {problem}"
     return ""
+
+
+def reverses(code: str, late: bool, seed: int) -> bool:
+    """Whether ``main_kernel(x, y)`` of 64 threads, with as many floats of shared memory, writes x backwards to y."""
+    kernel = ctypes.CDLL(str(_kernel(code))).main_kernel_emulated
+    x, y = np.arange(64, dtype=np.float32), np.full(64, -1, np.float32)
+    pointers = (ctypes.c_void_p * 2)(x.ctypes.data, y.ctypes.data)
+    arguments = (ctypes.c_void_p * 2)(*(ctypes.addressof(pointers) + 8 * i for i in range(2)))
+    _driver.emulation_mode(int(late), seed)
+    config = _LaunchConfig(1, 1, 1, 64, 1, 1, 256)
+    _driver.cuLaunchKernelEx(ctypes.byref(config), kernel, arguments, None)
+    return bool((y == x[::-1]).all())
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared_bytes")),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint),
+    )  # fmt: skip
