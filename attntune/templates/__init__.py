@@ -22,6 +22,7 @@ from attntune.templates.cpu.recurrent import GRUSequenceCPU, LSTMSequenceCPU
 from attntune.templates.cpu.rms_norm import RMSNormCPU
 from attntune.templates.cpu.softmax import SoftmaxCPU
 from attntune.templates.cpu.top_k import ArgMaxCPU, TopKCPU
+from attntune.templates.cuda.attention import AttentionCUDA
 from attntune.templates.cuda.generic import GenericCUDA
 from attntune.templates.cuda.linear import LinearCUDA
 from attntune.templates.cuda.rows import EmbeddingNormCUDA, LayerNormCUDA, RMSNormCUDA, SoftmaxCUDA
@@ -52,6 +53,7 @@ REGISTRY: tuple[ScheduleTemplate, ...] = (
     SoftmaxCPU(),
     TopKCPU(),
     UnfoldCPU(),
+    AttentionCUDA(),
     EmbeddingNormCUDA(),
     LayerNormCUDA(),
     LinearCUDA(),

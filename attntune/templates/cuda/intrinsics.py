@@ -78,6 +78,16 @@ _PLAIN: dict[str, str] = {
   *(__half2*)to = __floats2half2_rn(a, b);
 }}
 """,
+    "pack_2_bfloat16": f"""{_HEAD}pack_2_bfloat16(unsigned* to, float a, float b) {{
+  __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  *to = *(unsigned*)&pair;
+}}
+""",
+    "pack_2_float16": f"""{_HEAD}pack_2_float16(unsigned* to, float a, float b) {{
+  __half2 pair = __floats2half2_rn(a, b);
+  *to = *(unsigned*)&pair;
+}}
+""",
     "store_2_float32": f"""{_HEAD}store_2_float32(void* to, float a, float b) {{ *(float2*)to = make_float2(a, b); }}
 """,
 }
