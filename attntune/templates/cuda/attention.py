@@ -29,8 +29,10 @@ from attntune.target import Target
 from attntune.templates.cuda.attention_kernel import AttentionKernel, padded_dim
 from attntune.templates.template import ScheduleTemplate
 
-#: Registers of a thread beside fragments: addresses, maxima, totals, the definition's temporaries.
+#: Registers of a thread beside fragments: addresses, maxima, totals …
 _OTHER_REGISTERS = 56
+#: … and temporaries of scores that are more than scaled products.
+_GENERAL_REGISTERS = 32
 
 
 class AttentionCUDA(ScheduleTemplate):
@@ -64,7 +66,7 @@ class AttentionCUDA(ScheduleTemplate):
         return ConfigSpace(knobs, [fits])
 
     def default(self, workload: Workload, target: Target) -> Config:
-        """Blocks of about 64 queries of four warps and 64 keys, with as many blocks as fill the SMs in even waves."""
+        """Blocks of about 64 queries of four warps and 64 keys, with SMs that have equally many."""
         w = _attention(workload)
 
         def cost(config: Config) -> tuple[float, str]:
@@ -73,14 +75,14 @@ class AttentionCUDA(ScheduleTemplate):
             blocks = w.batch * w.heads * math.ceil(w.q_len / queries)
             held = target.shared_memory_per_sm_bytes // (shared_bytes(w, config) + 1024)
             in_registers = target.registers_per_sm // (registers(w, config) * warps * 32)
-            resident = max(1, min(held, in_registers, 16 // warps))
-            waves = math.ceil(blocks / (target.sm_count * resident)) * resident
+            resident = max(1, min(held, in_registers, target.blocks_per_sm))
+            most = math.ceil(blocks / target.sm_count)
             # Keys and values cross to shared memory once a block of queries, and to registers once a warp.
             reads = 1.0 + 32.0 / queries + 16.0 / (16 * tiles) + (0.0 if config["hold_query"] else 8.0 / keys)
             padding = math.ceil(w.kv_len / keys) * keys / w.kv_len
-            shape = 1.0 + 0.02 * abs(math.log2(keys / 64)) + 0.05 * (resident * warps < 8)
+            shape = 1.0 + 0.02 * abs(math.log2(keys / 64)) + 0.1 * (min(resident, most) * warps < 8)
             shape += 0.05 * (config["stages"] == 3)
-            return waves * queries * reads * padding * shape, config.key()
+            return most * queries * reads * padding * shape, config.key()
 
         return min(self.space(workload, target), key=cost)
 
@@ -123,7 +125,8 @@ def registers(w: Attention, config: Config) -> int:
     """Registers of a thread, estimated: scores, sums, the queries held, and others."""
     tiles = config.integer("warp_tiles")
     held = w.head_dim // 4 if config["hold_query"] else 4
-    return tiles * (config.integer("key_block") // 2 + w.head_dim // 2 + held) + _OTHER_REGISTERS
+    others = _OTHER_REGISTERS + _GENERAL_REGISTERS * bool(w.softcap or w.bias_heads or w.alibi or w.score_mod)
+    return tiles * (config.integer("key_block") // 2 + w.head_dim // 2 + held) + others
 
 
 def _attention(workload: Workload) -> Attention:

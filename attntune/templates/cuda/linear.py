@@ -73,22 +73,23 @@ class LinearCUDA(ScheduleTemplate):
         return ConfigSpace(knobs, [fits])
 
     def default(self, workload: Workload, target: Target) -> Config:
-        """The tile with the fewest bytes a product whose blocks fill the SMs in even waves."""
+        """The tile with the fewest bytes a product, with SMs that have equally many."""
         w = _linear(workload)
+        parts = 2 if w.gated else 1
 
         def cost(config: Config) -> tuple[float, str]:
             m, n, k, stages = (config.integer(name) for name in ("block_m", "block_n", "block_k", "stages"))
             warps = config.integer("warps_m") * config.integer("warps_n")
             blocks = math.ceil(w.rows / m) * math.ceil(w.out_features / n)
-            held = max(1, target.shared_memory_per_sm_bytes // (stages * shared_bytes(m, n, k) + 1024))
-            resident = min(held, 2, target.warps_per_sm // warps)
-            waves = math.ceil(blocks / (target.sm_count * resident)) * resident
+            held = max(1, target.shared_memory_per_sm_bytes // (stages * shared_bytes(m, parts * n, k) + 1024))
+            most = math.ceil(blocks / target.sm_count)
+            waiting = 1.0 + 0.1 * (min(held, most) * warps < 8)
             warp_m, warp_n = m / config.integer("warps_m"), n / config.integer("warps_n")
             # Of a warp's tile, what ldmatrix reads for a product; of a block's, what crosses to shared memory.
             reads = 1.0 + 8.0 * (1 / warp_m + 1 / warp_n) + 16.0 * (1 / m + 1 / n)
             hidden = 1.0 + 0.05 * abs(stages - 4) + 0.02 * (k != 64) + 0.02 * abs(math.log2(warps / 4))
             order = 1.0 + 0.001 * (config["group"] != (8 if blocks > target.sm_count else 1))
-            return waves * m * n * reads * hidden * order, config.key()
+            return most * m * n * reads * hidden * waiting * order, config.key()
 
         return min(self.space(workload, target), key=cost)
 

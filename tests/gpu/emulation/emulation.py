@@ -50,7 +50,7 @@ def install() -> None:
 
 
 def _compile(source: Path, library: Path, *flags: str) -> None:
-    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-I{_HERE}", f"-I{cuda_home()}/include"]
+    command = ["g++", "-std=c++17", "-O0", "-w", "-fPIC", "-shared", f"-I{_HERE}", f"-I{cuda_home()}/include"]
     ended = subprocess.run([*command, "-o", str(library), str(source), *flags], capture_output=True, text=True)
     assert ended.returncode == 0, f"{source}: {ended.stderr[:3000]}"
 
