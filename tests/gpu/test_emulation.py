@@ -31,8 +31,9 @@ EARLY = """
 
 
 @pytest.fixture(scope="module")
-def device():
-    with IsolatedProcess(threads=1, plugin_paths=[str(EMULATION)], preload=[("emulation:load_driver",)]) as process:
+def device(emulation_folder):
+    preload = [("emulation:load_driver", emulation_folder)]
+    with IsolatedProcess(threads=1, plugin_paths=[str(EMULATION)], preload=preload) as process:
         yield process
 
 

@@ -24,12 +24,12 @@ ROW_OPS = ["embedding_norm", "layer_norm", "rms_norm", "softmax"]
 
 
 @pytest.fixture(scope="module")
-def emulator():
+def emulator(emulation_folder):
     """A process whose CUDA device is this CPU."""
     process = IsolatedProcess(
         threads=1,
         plugin_paths=[str(HERE / "emulation"), str(HERE.parent / "contract")],
-        preload=[("emulation:install",)],
+        preload=[("emulation:install", emulation_folder)],
     )
     with process:
         yield process

@@ -10,8 +10,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import re
+import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,31 @@ from attntune.target import cuda_home
 
 _HERE = Path(__file__).parent
 _SIGNATURE = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(([^)]*)\) \{')
-_folder = tempfile.TemporaryDirectory(prefix="attntune-emulation-")
+_folder = Path()
 _driver: Any = None
 
 
-def load_driver() -> None:
-    """Load the emulated driver and runtime under the names of CUDA's."""
-    global _driver
+def load_driver(folder: str) -> None:
+    """Load the emulated driver and runtime under the names of CUDA's; what is compiled is kept in ``folder``."""
+    global _driver, _folder
+    _folder = Path(folder)
     for name in ("libcuda.so.1", "libcudart.so.13"):
-        path, version = Path(_folder.name) / name, Path(_folder.name) / "version"
-        version.write_text(f"{name} {{ global: *; }};")
-        script = [f"-Wl,--version-script={version}"] if name.startswith("libcudart") else []
-        _compile(_HERE / "driver.cpp", path, f"-Wl,-soname,{name}", *script)
-        loaded = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+        library, version = _folder / name, _folder / "version"
+        if not library.exists():
+            version.write_text(f"{name} {{ global: *; }};")
+            script = [f"-Wl,--version-script={version}"] if name.startswith("libcudart") else []
+            _compile(_HERE / "driver.cpp", library, "-O1", "-shared", f"-Wl,-soname,{name}", *script)
+        loaded = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
         _driver = _driver or loaded
+    header = _folder / "device.h"
+    if not header.exists():
+        shutil.copy(_HERE / "device.h", header)
+        _compile(header, header.with_suffix(".h.gch"), "-x", "c++-header")
 
 
-def install() -> None:
+def install(folder: str) -> None:
     """Load the emulated driver, then TVM over it, and hand the host's compiler every kernel that is built."""
-    load_driver()
+    load_driver(folder)
     from attntune.templates import cuda_lowering, nvcc
 
     def compile_source(source: str, target: Any, *, ptx: bool = False) -> nvcc.Compiled:
@@ -49,9 +55,9 @@ def install() -> None:
     assert cuda_lowering.load_cuda_runtime(), "TVM's CUDA runtime does not load over the emulated driver"
 
 
-def _compile(source: Path, library: Path, *flags: str) -> None:
-    command = ["g++", "-std=c++17", "-O0", "-w", "-fPIC", "-shared", f"-I{_HERE}", f"-I{cuda_home()}/include"]
-    ended = subprocess.run([*command, "-o", str(library), str(source), *flags], capture_output=True, text=True)
+def _compile(source: Path, output: Path, *flags: str) -> None:
+    command = ["g++", "-std=c++17", "-w", "-fPIC", f"-I{_HERE}", f"-I{cuda_home()}/include", *flags]
+    ended = subprocess.run([*command, "-o", str(output), str(source)], capture_output=True, text=True)
     assert ended.returncode == 0, f"{source}: {ended.stderr[:3000]}"
 
 
@@ -65,11 +71,11 @@ def _kernel(code: str) -> Path:
     dynamic = r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];"
     code = re.sub(dynamic, r"\1* \2 = (\1*)emulated_shared();", code)
     code = re.sub(r"\b__shared__ (alignas\(\d+\))?", r"\1 static ", code)
-    path = Path(_folder.name) / f"{hashlib.sha256(code.encode()).hexdigest()[:24]}.so"
+    path = _folder / f"{hashlib.sha256(code.encode()).hexdigest()[:24]}.so"
     if not path.exists():
         source = path.with_suffix(".cpp")
         source.write_text("\n".join([_without_assembly(code), *thunks]))
-        _compile(source, path, "-include", str(_HERE / "device.h"))
+        _compile(source, path, "-shared", "-include", str(_folder / "device.h"))
     return path
 
 
