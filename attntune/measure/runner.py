@@ -61,6 +61,9 @@ class LocalRunner(Runner):
     Workers start when first needed; :meth:`start` starts them ahead of time. Not for use from several threads at once.
     """
 
+    evaluator = "attntune.measure.evaluator"
+    """Module with ``start``, ``evaluate`` and ``race``, which run in the timing process."""
+
     def __init__(self, options: MeasureOptions | None = None) -> None:
         self.options = options or MeasureOptions()
         self._folder = Path(tempfile.mkdtemp(prefix="attntune-"))
@@ -184,14 +187,14 @@ class LocalRunner(Runner):
             self._timer.close()
             self._timer = None
         if self._timer is None:
-            self._timer = self._process(cores, POOL_ENV, ("attntune.measure.evaluator:start", cores))
+            self._timer = self._process(cores, POOL_ENV, (f"{self.evaluator}:start", cores))
             self._timer_cores = cores
         return self._timer
 
     def _evaluate(self, trial: Trial, path: Path) -> Evaluation:
         best = self._best_of(trial)
         evaluation = self._attempt(
-            "attntune.measure.evaluator:evaluate", trial, str(path), self.options,
+            f"{self.evaluator}:evaluate", trial, str(path), self.options,
             best if math.isfinite(best) else None, cores=trial.target.cores,
         )  # fmt: skip
         assert isinstance(evaluation, Evaluation)
@@ -207,7 +210,7 @@ class LocalRunner(Runner):
     def _race(self, trials: list[Trial], paths: list[Path], rounds: int) -> list[Evaluation | None]:
         """Evaluations of a race; where it broke off, None for the trials that have to race again."""
         outcome = self._attempt(
-            "attntune.measure.evaluator:race", trials, [str(path) for path in paths], rounds, self.options,
+            f"{self.evaluator}:race", trials, [str(path) for path in paths], rounds, self.options,
             cores=trials[0].target.cores, shares=len(trials),
         )  # fmt: skip
         if isinstance(outcome, list):

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -22,6 +23,7 @@
 
 namespace {
 
+using Clock = std::chrono::steady_clock;
 constexpr size_t kStack = 256 * 1024, kGuard = 4096;
 
 enum State { kReady, kAtBarrier, kAtWarp, kDone };
@@ -266,10 +268,13 @@ int cudaGetLastError() { return 0; }
 int cudaPeekAtLastError() { return 0; }
 const char* cudaGetErrorName(int) { return "emulated"; }
 const char* cudaGetErrorString(int) { return "an error of the emulated device"; }
-int cudaEventCreate(void** event) { return *event = nullptr, 0; }
-int cudaEventDestroy(void*) { return 0; }
-int cudaEventElapsedTime(float* ms, void*, void*) { return *ms = 0, 0; }
-int cudaEventRecord(void*, void*) { return 0; }
+int cudaEventCreate(void** event) { return *event = new Clock::time_point(), 0; }
+int cudaEventDestroy(void* event) { return delete static_cast<Clock::time_point*>(event), 0; }
+int cudaEventRecord(void* event, void*) { return *static_cast<Clock::time_point*>(event) = Clock::now(), 0; }
+int cudaEventElapsedTime(float* ms, void* start, void* end) {
+  auto passed = *static_cast<Clock::time_point*>(end) - *static_cast<Clock::time_point*>(start);
+  return *ms = std::chrono::duration<float, std::milli>(passed).count(), 0;
+}
 int cudaEventSynchronize(void*) { return 0; }
 int cudaStreamCreate(void** stream) { return *stream = nullptr, 0; }
 int cudaStreamCreateWithFlags(void** stream, unsigned) { return *stream = nullptr, 0; }

@@ -88,6 +88,14 @@ def _without_assembly(code: str) -> str:
     return code
 
 
+def then(folder: str, call: str, *arguments: Any) -> None:
+    """``install``, then what a worker of a runner preloads."""
+    from attntune.measure.worker_child import resolve
+
+    install(folder)
+    resolve(call)(*arguments)
+
+
 def check(template_name: str, workload: Any, target: Any, config: Any, late: bool = True, seed: int = 0) -> str:
     """Build, run and compare; what is wrong, or nothing."""
     import tvm
