@@ -47,6 +47,10 @@ class CompileError(AttntuneError):
     """A model cannot be compiled for the target."""
 
 
+class ToolchainError(AttntuneError):
+    """A compiler that a target needs is missing."""
+
+
 class ArtifactError(AttntuneError):
     """A compiled artifact is damaged, incomplete, or not for this machine."""
 

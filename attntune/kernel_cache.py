@@ -31,6 +31,7 @@ from filelock import FileLock
 from attntune.database.query import Choice, Database
 from attntune.database.record import Status
 from attntune.errors import AttntuneError, CompileError
+from attntune.measure.builder import Built
 from attntune.measure.evaluator import Evaluation
 from attntune.measure.machine import cpu_model
 from attntune.measure.threads import POOL_ENV, load_runtime
@@ -204,7 +205,7 @@ class KernelCache:
     def _build_and_check(self, trial: Trial, path: Path) -> tuple[float, Evaluation]:
         builder, checker = self._start_workers(trial.target.cores)
         try:
-            build_secs = builder.call(
+            built = builder.call(
                 "attntune.measure.builder:build_trial", trial, str(path), timeout_secs=_BUILD_TIMEOUT_SECS
             )
             checked = checker.call(
@@ -212,10 +213,11 @@ class KernelCache:
             )
         finally:
             self._last_build = time.monotonic()
+        assert isinstance(built, Built)
         assert isinstance(checked, Evaluation)
         if checked.tainted:
             checker.close()
-        return build_secs, checked
+        return built.secs, checked
 
     # -- the processes that build --------------------------------------------------------------------------------------
 

@@ -78,6 +78,18 @@ class Target:
     """CUDA only: 32-bit registers one thread block may use."""
     sm_count: int = 0
     """CUDA only: streaming multiprocessors."""
+    shared_memory_per_sm_bytes: int = 0
+    """CUDA only: shared memory of one SM, of which each resident block takes its own and 1 KiB more."""
+    registers_per_sm: int = 0
+    """CUDA only: 32-bit registers of one SM."""
+    registers_per_thread: int = 0
+    """CUDA only: 32-bit registers one thread may use before the compiler spills."""
+    warps_per_sm: int = 0
+    """CUDA only: warps resident on one SM at most."""
+    blocks_per_sm: int = 0
+    """CUDA only: thread blocks resident on one SM at most."""
+    threads_per_block: int = 0
+    """CUDA only: threads of one thread block at most."""
 
     def key(self) -> str:
         """Identity in a database: kind, architecture and thread count, e.g. ``cpu/znver4/2``."""
@@ -107,7 +119,7 @@ class Target:
                     "kind": "cuda",
                     "arch": self.arch,
                     "max_shared_memory_per_block": self.shared_memory_bytes,
-                    "max_threads_per_block": 1024,
+                    "max_threads_per_block": self.threads_per_block,
                     "thread_warp_size": 32,
                 },
                 host={"kind": "llvm", "mtriple": self.triple},
@@ -134,9 +146,10 @@ class Target:
         """Read a target from ``native``, a preset, a preset with options, or a TVM target string or dict.
 
         Args:
-            text: ``"native"``; a preset such as ``"znver4"``; options after commas, ``"znver4,cores=8"``; a TVM
-                target as JSON or dict, ``'{"kind": "llvm", "mcpu": "skylake-avx512", "num-cores": 4}'``; or the
-                older dashed form, ``"llvm -mcpu=skylake-avx512 -num-cores=4"``.
+            text: ``"native"``; a preset such as ``"znver4"``, or with its kind, ``"cuda:sm_90a"``; options after
+                commas, ``"znver4,cores=8"`` or ``"cuda:sm_86,sms=72"``; a TVM target as JSON or dict,
+                ``'{"kind": "llvm", "mcpu": "skylake-avx512", "num-cores": 4}'``; or the older dashed form,
+                ``"llvm -mcpu=skylake-avx512 -num-cores=4"``.
 
         Raises:
             TargetError: naming the presets, when nothing matches.
@@ -154,8 +167,9 @@ class Target:
         if stripped.split(" ")[0] in ("llvm", "cuda"):
             return _from_tvm_fields(_dashed(stripped))
         name, *options = stripped.split(",")
-        base = native() if name == "native" else PRESETS.get(name)
-        if base is None:
+        kind, _, preset = name.rpartition(":")
+        base = native() if name == "native" else PRESETS.get(preset)
+        if base is None or kind not in ("", base.kind):
             raise TargetError(
                 f"unknown target {name!r}; expected 'native', one of {', '.join(sorted(PRESETS))}, "
                 'or a TVM target such as \'{"kind": "llvm", "mcpu": "skylake-avx512"}\''
@@ -175,10 +189,11 @@ def dtype_bits(dtype: str) -> int:
 
 def _with_option(base: Target, option: str) -> Target:
     field, _, value = option.partition("=")
-    field = field.strip()
-    if field == "cores" and value.strip().isdigit() and int(value) > 0:
-        return base.with_cores(int(value))
-    raise TargetError(f"unknown target option {option!r}; expected 'cores=<positive number>'")
+    count = int(value) if value.strip().isdigit() else 0
+    known = "cores" if base.kind == "cpu" else "sms"
+    if field.strip() != known or count < 1:
+        raise TargetError(f"unknown target option {option!r}; expected '{known}=<positive number>'")
+    return base.with_cores(count) if base.kind == "cpu" else dataclasses.replace(base, sm_count=count)
 
 
 def _dashed(text: str) -> dict[str, Any]:
@@ -257,14 +272,22 @@ def _x86(
     )  # fmt: skip
 
 
-def _cuda(name: str, shared_kib: int, sms: int) -> Target:
+def _cuda(arch: str, sms: int, l2_mib: int, shared_kib: int, warps: int, blocks: int, *features: str) -> Target:
     return Target(
-        "cuda", name, name, "x86_64-unknown-linux-gnu", shared_memory_bytes=shared_kib * _KIB,
-        registers_per_block=65536, sm_count=sms, l1d_bytes=shared_kib * _KIB, l2_bytes=40 * _MIB, l3_bytes=0,
+        "cuda", arch, arch, "x86_64-unknown-linux-gnu", tuple(sorted(features)), l1d_bytes=shared_kib * _KIB,
+        l2_bytes=l2_mib * _MIB, l3_bytes=0, sm_count=sms,
+        # The system keeps 1 KiB of each block's shared memory for itself.
+        shared_memory_bytes=(shared_kib - 1) * _KIB, shared_memory_per_sm_bytes=shared_kib * _KIB,
+        registers_per_block=65536, registers_per_sm=65536, registers_per_thread=255, warps_per_sm=warps,
+        blocks_per_sm=blocks, threads_per_block=1024,
     )  # fmt: skip
 
 
-#: Targets by name. Shared memory is the opt-in limit of one thread block.
+_AMPERE = ("bf16", "cp.async", "ldmatrix", "mma.sync")
+_HOPPER = (*_AMPERE, "fp8", "tma")
+
+#: Targets by name. Limits of CUDA architectures are from NVIDIA's "CUDA C++ Programming Guide", appendix "Compute
+#: Capabilities"; SM count and L2 are those of the board named beside each, to be changed with ``sms=``.
 PRESETS: dict[str, Target] = {
     target.name: target
     for target in (
@@ -293,8 +316,11 @@ PRESETS: dict[str, Target] = {
             1024 * _KIB,
             32 * _MIB,
         ),
-        _cuda("sm_80", 163, 108),
-        _cuda("sm_90a", 227, 132),
+        _cuda("sm_80", 108, 40, 164, 64, 32, *_AMPERE),  # A100
+        _cuda("sm_86", 84, 6, 100, 48, 16, *_AMPERE),  # A40
+        _cuda("sm_89", 142, 96, 100, 48, 24, *_AMPERE, "fp8"),  # L40S
+        _cuda("sm_90a", 132, 50, 228, 64, 32, *_HOPPER, "wgmma"),  # H100 SXM
+        _cuda("sm_100", 148, 126, 228, 64, 32, *_HOPPER),  # B200; tcgen05 is sm_100a's
     )
 }
 
@@ -343,6 +369,11 @@ def physical_cores() -> int:
 def user_cache_dir() -> Path:
     """Where attntune remembers what it can find out again: ``$XDG_CACHE_HOME/attntune``, ``~/.cache`` by default."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attntune"
+
+
+def cuda_home() -> Path:
+    """Where the CUDA toolkit is: ``$CUDA_HOME``, /usr/local/cuda by default."""
+    return Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")
 
 
 def _cache_bytes(level: int, kind: str, fallback: int) -> int:

@@ -8,6 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from attntune.cli.common import Reply, fields_text, table
+from attntune.errors import TargetError
+
+#: Fields that say nothing of a GPU.
+_NOT_OF_CUDA = ("vector_bits", "vector_registers", "cores", "logical_cores")
 
 
 def target(
@@ -21,15 +25,27 @@ def target(
     from attntune.target import PRESETS, Target
 
     if presets:
-        rows = [(p.name, p.kind, p.arch, p.vector_bits if p.kind == "cpu" else "-", p.cores) for p in PRESETS.values()]
+        rows = [
+            (p.name, p.kind, p.arch, p.vector_bits, p.cores, "-")
+            if p.kind == "cpu"
+            else (p.name, p.kind, p.arch, "-", p.sm_count, _shown("_bytes", p.shared_memory_bytes))
+            for p in PRESETS.values()
+        ]
         return Reply(
             [p.to_json() for p in PRESETS.values()],
-            table(("name", "kind", "arch", "vector bits", "cores"), rows),
+            table(("name", "kind", "arch", "vector bits", "cores or SMs", "shared memory"), rows),
         )
     chosen = Target.parse(name)
     document: dict[str, Any] = {"key": chosen.key(), **chosen.to_json()}
-    shown = {field: _shown(field, value) for field, value in document.items() if value not in (0, [], None)}
+    hidden = _NOT_OF_CUDA if chosen.kind == "cuda" else ()
+    shown = {
+        field: _shown(field, value)
+        for field, value in document.items()
+        if value not in (0, [], None) and field not in hidden
+    }
     if measure:
+        if chosen.kind == "cuda":
+            raise TargetError(f"expected a CPU target with --measure, got {name!r}")
         from attntune.measure.machine import cached_peaks
 
         document["peaks"] = cached_peaks(chosen, refresh=True)

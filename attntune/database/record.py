@@ -54,6 +54,8 @@ class TuningRecord:
     final: bool = False
     """Whether it was re-measured in turns with other correct configs; records of one such round share ``time``."""
     build_secs: float = 0.0
+    resources: Mapping[str, Any] = field(default_factory=dict)
+    """For CUDA, by kernel: registers, spilled bytes, shared memory, threads, blocks an SM holds. Empty for CPUs."""
     message: str = ""
     """Why it failed; empty when correct."""
     machine: Mapping[str, Any] = field(default_factory=dict)
@@ -84,6 +86,8 @@ class TuningRecord:
     def to_json(self) -> dict[str, Any]:
         """JSON-ready fields."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if not self.resources:
+            del fields["resources"]
         return {**fields, "config": self.config.to_json(), "status": str(self.status), "run_secs": list(self.run_secs),
                 "machine": dict(self.machine)}  # fmt: skip
 

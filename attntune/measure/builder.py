@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from attntune.measure.trial import Trial
+
+
+@dataclass(frozen=True)
+class Built:
+    """A trial that was built."""
+
+    secs: float
+    resources: dict[str, Any] = field(default_factory=dict)
+    """For CUDA, what each kernel takes of an SM, as ``attntune/templates/nvcc.py`` reports it."""
 
 
 def warm_up() -> None:
@@ -16,12 +27,16 @@ def warm_up() -> None:
     import attntune.templates.lowering  # noqa: F401
 
 
-def build_trial(trial: Trial, path: str) -> float:
-    """Schedule and compile ``trial`` into the shared object ``path``; seconds it took."""
+def build_trial(trial: Trial, path: str) -> Built:
+    """Schedule and compile ``trial`` into the shared object ``path``.
+
+    Raises:
+        CompileError: for CUDA, when a kernel spills or asks for more than the target has: it is not worth a run.
+    """
     from attntune.templates import load_template
     from attntune.templates.lowering import export
 
     start = time.perf_counter()
     module = load_template(trial.template).schedule(trial.workload, trial.target, trial.config)
-    export(module, trial.target, Path(path))
-    return time.perf_counter() - start
+    resources = export(module, trial.target, Path(path))
+    return Built(time.perf_counter() - start, resources)

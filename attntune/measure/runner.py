@@ -18,6 +18,7 @@ from typing import Any
 
 from attntune.database.record import Status, TuningRecord
 from attntune.errors import AttntuneError
+from attntune.measure.builder import Built
 from attntune.measure.evaluator import Evaluation
 from attntune.measure.machine import machine_state, require_host
 from attntune.measure.threads import POOL_ENV
@@ -60,11 +61,14 @@ class LocalRunner(Runner):
     Workers start when first needed; :meth:`start` starts them ahead of time. Not for use from several threads at once.
     """
 
+    evaluator = "attntune.measure.evaluator"
+    """Module with ``start``, ``evaluate`` and ``race``, which run in the timing process."""
+
     def __init__(self, options: MeasureOptions | None = None) -> None:
         self.options = options or MeasureOptions()
         self._folder = Path(tempfile.mkdtemp(prefix="attntune-"))
         self._numbers = itertools.count()
-        self._built: dict[tuple[str, str, str, str], tuple[Path, float]] = {}
+        self._built: dict[tuple[str, str, str, str], tuple[Path, Built]] = {}
         self._best: dict[tuple[str, str], float] = {}
         self._builders = [
             self._process(1, {}, ("attntune.measure.builder:warm_up",)) for _ in range(self.options.builders)
@@ -92,8 +96,8 @@ class LocalRunner(Runner):
                 if isinstance(built, TuningRecord):
                     yield dataclasses.replace(built, machine=machine)
                     continue
-                path, build_secs = built
-                record = self._record(trial, self._evaluate(trial, path), build_secs, machine, _now())
+                path, how = built
+                record = self._record(trial, self._evaluate(trial, path), how, machine, _now())
                 if record.median_secs > _WORTH_KEEPING * self._best_of(trial):
                     self._built.pop(trial.key(), None)
                     unwanted.append(path)
@@ -107,7 +111,7 @@ class LocalRunner(Runner):
         if not trials:
             return []
         records: dict[int, TuningRecord] = {}
-        running: dict[int, tuple[Path, float]] = {}
+        running: dict[int, tuple[Path, Built]] = {}
         machine, now = machine_state(trials[0].target), _now()
         for i, built in enumerate(self._build(trials)):
             if isinstance(built, TuningRecord):
@@ -141,9 +145,9 @@ class LocalRunner(Runner):
         for target in {trial.target for trial in trials}:
             require_host(target)
 
-    def _build(self, trials: Sequence[Trial]) -> list[tuple[Path, float] | TuningRecord]:
-        """For each trial its shared object and build time, or the record of why there is none."""
-        futures: list[Future[tuple[Path, float] | TuningRecord]] = []
+    def _build(self, trials: Sequence[Trial]) -> list[tuple[Path, Built] | TuningRecord]:
+        """For each trial its shared object and how it was built, or the record of why there is none."""
+        futures: list[Future[tuple[Path, Built] | TuningRecord]] = []
         try:
             futures = [self._pool.submit(self._build_one, trial) for trial in trials]
             return [future.result() for future in futures]
@@ -154,14 +158,14 @@ class LocalRunner(Runner):
                 builder.kill()
             raise
 
-    def _build_one(self, trial: Trial) -> tuple[Path, float] | TuningRecord:
+    def _build_one(self, trial: Trial) -> tuple[Path, Built] | TuningRecord:
         known = self._built.get(trial.key())
         if known is not None:
             return known
         path = self._folder / f"{next(self._numbers)}.so"
         builder = self._idle.get()
         try:
-            build_secs = builder.call(
+            built = builder.call(
                 "attntune.measure.builder:build_trial", trial, str(path), timeout_secs=self.options.build_timeout_secs
             )
         except WorkerTimeout:
@@ -174,22 +178,23 @@ class LocalRunner(Runner):
         finally:
             builder.start()  # a dead one comes back while others build
             self._idle.put(builder)
-        self._built[trial.key()] = path, build_secs
-        return path, build_secs
+        assert isinstance(built, Built)
+        self._built[trial.key()] = path, built
+        return path, built
 
     def _timing_process(self, cores: int) -> IsolatedProcess:
         if self._timer is not None and self._timer_cores != cores:
             self._timer.close()
             self._timer = None
         if self._timer is None:
-            self._timer = self._process(cores, POOL_ENV, ("attntune.measure.evaluator:start", cores))
+            self._timer = self._process(cores, POOL_ENV, (f"{self.evaluator}:start", cores))
             self._timer_cores = cores
         return self._timer
 
     def _evaluate(self, trial: Trial, path: Path) -> Evaluation:
         best = self._best_of(trial)
         evaluation = self._attempt(
-            "attntune.measure.evaluator:evaluate", trial, str(path), self.options,
+            f"{self.evaluator}:evaluate", trial, str(path), self.options,
             best if math.isfinite(best) else None, cores=trial.target.cores,
         )  # fmt: skip
         assert isinstance(evaluation, Evaluation)
@@ -205,7 +210,7 @@ class LocalRunner(Runner):
     def _race(self, trials: list[Trial], paths: list[Path], rounds: int) -> list[Evaluation | None]:
         """Evaluations of a race; where it broke off, None for the trials that have to race again."""
         outcome = self._attempt(
-            "attntune.measure.evaluator:race", trials, [str(path) for path in paths], rounds, self.options,
+            f"{self.evaluator}:race", trials, [str(path) for path in paths], rounds, self.options,
             cores=trials[0].target.cores, shares=len(trials),
         )  # fmt: skip
         if isinstance(outcome, list):
@@ -232,12 +237,12 @@ class LocalRunner(Runner):
         return result
 
     def _record(
-        self, trial: Trial, evaluation: Evaluation, build_secs: float, machine: Mapping[str, Any], now: str
+        self, trial: Trial, evaluation: Evaluation, built: Built, machine: Mapping[str, Any], now: str
     ) -> TuningRecord:
         record = _failed(trial, self.options, evaluation.status, evaluation.message, evaluation.run_secs)
         return dataclasses.replace(
             record, max_abs_error=evaluation.max_abs_error, max_rel_error=evaluation.max_rel_error,
-            build_secs=round(build_secs, 4), machine=machine, time=now,
+            build_secs=round(built.secs, 4), resources=built.resources, machine=machine, time=now,
         )  # fmt: skip
 
 

@@ -263,13 +263,14 @@ class Attention(Workload):
         return sample(self, *inputs)
 
     def tolerance(self) -> tuple[float, float]:
-        """In bfloat16, weights are rounded before they meet the values.
+        """In bfloat16 and float16, weights are rounded before they meet the values.
 
-        Each is off by at most a relative 2^-9 and, divided by their own sum, moves the result by at most
-        1.1 · 2^-8 · Σ_j w_j |v_j - out|; values of normal operands lie within 4 of the result.
+        In bfloat16 each is off by at most a relative 2^-9 and, divided by their own sum, moves the result by at most
+        1.1 · 2^-8 · Σ_j w_j |v_j - out|; values of normal operands lie within 4 of the result. Float16 has three bits
+        more.
         """
         rtol, atol = super().tolerance()
-        return rtol, 4.0 * 1.1 * 2.0**-8 if self.dtype == "bfloat16" else atol
+        return rtol, {"bfloat16": 4.0 * 1.1 * 2.0**-8, "float16": 4.0 * 1.1 * 2.0**-11}.get(self.dtype, atol)
 
     def flops(self) -> int:
         """Two matrix products over the (query, key) pairs that may attend; the softmax is not counted.

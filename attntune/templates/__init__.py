@@ -22,6 +22,10 @@ from attntune.templates.cpu.recurrent import GRUSequenceCPU, LSTMSequenceCPU
 from attntune.templates.cpu.rms_norm import RMSNormCPU
 from attntune.templates.cpu.softmax import SoftmaxCPU
 from attntune.templates.cpu.top_k import ArgMaxCPU, TopKCPU
+from attntune.templates.cuda.attention import AttentionCUDA
+from attntune.templates.cuda.generic import GenericCUDA
+from attntune.templates.cuda.linear import LinearCUDA
+from attntune.templates.cuda.rows import EmbeddingNormCUDA, LayerNormCUDA, RMSNormCUDA, SoftmaxCUDA
 from attntune.templates.template import Packing, ScheduleTemplate
 
 #: Every template; of those for one operator and kind of target, the first that supports a workload schedules it. A new
@@ -49,10 +53,16 @@ REGISTRY: tuple[ScheduleTemplate, ...] = (
     SoftmaxCPU(),
     TopKCPU(),
     UnfoldCPU(),
+    AttentionCUDA(),
+    EmbeddingNormCUDA(),
+    LayerNormCUDA(),
+    LinearCUDA(),
+    RMSNormCUDA(),
+    SoftmaxCUDA(),
 )
 
 #: By kind of target: what schedules an operator that has no template.
-GENERIC: dict[str, ScheduleTemplate] = {"cpu": GenericCPU()}
+GENERIC: dict[str, ScheduleTemplate] = {"cpu": GenericCPU(), "cuda": GenericCUDA()}
 
 __all__ = ["GENERIC", "REGISTRY", "Packing", "ScheduleTemplate", "load_template", "template_for"]
 
@@ -66,8 +76,9 @@ def template_for(workload: Workload, target: Target) -> ScheduleTemplate:
     for template in REGISTRY:
         if (template.op, template.kind) == (workload.op, target.kind) and template.supports(workload, target):
             return template
-    if target.kind in GENERIC:
-        return GENERIC[target.kind]
+    generic = GENERIC.get(target.kind)
+    if generic is not None and generic.supports(workload, target):
+        return generic
     raise TargetError(
         f"no template schedules {workload.op!r} for a target of kind {target.kind!r}; "
         f"expected a target of kind {sorted({template.kind for template in REGISTRY} | set(GENERIC))}"

@@ -1,4 +1,4 @@
-"""Scheduling moves that several CPU templates share, each described as before → after."""
+"""Scheduling moves and questions that several templates share; moves are described as before → after."""
 
 from __future__ import annotations
 
@@ -201,3 +201,35 @@ def vectorize_stage(sch: Any, stage: LaneStage) -> None:
     vector, lane = sch.get_loops(init)[-2:]
     sch.vectorize(lane)
     sch.unroll(vector)
+
+
+def stages_of(sch: Any) -> list[Any]:
+    """The blocks of a function, in order; none where one stage holds all of its loops."""
+    if sch.mod["main"].body.block.name_hint != "root":  # one stage that holds all of its loops, as a recurrence is
+        return []
+    return list(sch.get_child_blocks(sch.get_sblock("root")))
+
+
+def reductions_of(sch: Any, block: Any) -> list[Any]:
+    """Reduction axes of ``block``."""
+    return [axis for axis in sch.get(block).iter_vars if axis.iter_type == axis.CommReduce]
+
+
+def only_read_elementwise(sch: Any, block: Any) -> bool:
+    """Whether inlining ``block`` repeats no work: it is read, and only by stages without reductions."""
+    consumers = sch.get_consumers(block)
+    return bool(consumers) and all(not reductions_of(sch, consumer) for consumer in consumers)
+
+
+def reduces_contiguously(sch: Any, block: Any) -> bool:
+    """Whether the last reduction axis is the contiguous one of every operand that it indexes."""
+    from tvm import tirx
+
+    axis = reductions_of(sch, block)[-1].var
+
+    def uses(bounds: Any) -> bool:
+        return any(axis.same_as(variable) for variable in tirx.analysis.undefined_vars(bounds.min))
+
+    regions = [list(read.region) for read in sch.get(block).reads]
+    indexed = [region for region in regions if any(uses(bounds) for bounds in region)]
+    return all(uses(region[-1]) and not any(uses(bounds) for bounds in region[:-1]) for region in indexed)

@@ -13,12 +13,39 @@ PASS_CONFIG = {"s_tir.LoopPartition": {"partition_const_loop": True}}
 
 
 def build(module: Any, target: Target) -> Any:
-    """Compile an ``IRModule`` of scheduled kernels (or a Relax module) for ``target``; returns a TVM executable."""
+    """Compile an ``IRModule`` of scheduled kernels (or a Relax module) for ``target``; returns a TVM executable.
+
+    Raises:
+        ToolchainError: when the target needs a compiler that is missing.
+        CompileError: for CUDA, when a kernel spills registers or asks for more than the target has.
+    """
+    return build_with_resources(module, target)[0]
+
+
+def build_with_resources(module: Any, target: Target, *, ptx: bool = False) -> tuple[Any, dict[str, Any]]:
+    """As :func:`build`; and for CUDA what each kernel takes of an SM, by name (empty for CPUs).
+
+    Args:
+        module: see :func:`build`.
+        target: see :func:`build`.
+        ptx: for CUDA, whether the executable carries PTX, which newer GPUs run too, and not a cubin.
+    """
     import tvm
 
     tvm_target = target.to_tvm()
-    with tvm_target, tvm.transform.PassContext(opt_level=3, config=PASS_CONFIG):
-        return tvm.compile(module, target=tvm_target, relax_pipeline=_relax_pipeline())
+    if target.kind != "cuda":
+        with tvm_target, tvm.transform.PassContext(opt_level=3, config=PASS_CONFIG):
+            return tvm.compile(module, target=tvm_target, relax_pipeline=_relax_pipeline()), {}
+    from attntune.templates import cuda_lowering
+    from attntune.templates.nvcc import as_json
+
+    with cuda_lowering.building(target, ptx=ptx) as cuda:
+        context = tvm.transform.PassContext(opt_level=3, instruments=[cuda_lowering.launch_watcher(cuda)])
+        with tvm_target, context:
+            executable = tvm.compile(module, target=tvm_target, relax_pipeline=_relax_pipeline())
+        cuda_lowering.finish(cuda, executable.mod)
+    cuda.require_runnable()
+    return executable, as_json(cuda.kernels(), target)
 
 
 def _relax_pipeline() -> Any:
@@ -69,6 +96,11 @@ def _without_parameter_checks(module: Any, _context: Any) -> Any:
     return module
 
 
-def export(module: Any, target: Target, path: Path) -> None:
-    """Compile ``module`` and write it as a shared library with a function ``main(*inputs, *outputs)``."""
-    build(module, target).export_library(str(path))
+def export(module: Any, target: Target, path: Path) -> dict[str, Any]:
+    """Compile ``module`` and write it as a shared library with a function ``main(*inputs, *outputs)``.
+
+    Returns what its kernels take of an SM (see :func:`build_with_resources`).
+    """
+    executable, resources = build_with_resources(module, target)
+    executable.export_library(str(path))
+    return resources

@@ -67,6 +67,20 @@ class TestParse:
         assert Target.parse("cuda -arch=sm_90a") is PRESETS["sm_90a"]
         assert Target.parse('{"kind": "cuda"}') is PRESETS["sm_80"]
 
+    def test_a_preset_with_its_kind(self):
+        assert Target.parse("cuda:sm_90a") is PRESETS["sm_90a"]
+        assert Target.parse("cpu:znver4") is PRESETS["znver4"]
+        for name in ("cpu:sm_90a", "cuda:znver4", "cuda:sm_75", "cuda:native"):
+            with pytest.raises(TargetError, match=f"unknown target '{name}'"):
+                Target.parse(name)
+
+    def test_sms_option(self):
+        limited = Target.parse("cuda:sm_86,sms=72")
+        assert limited.key() == "cuda/sm_86/72"
+        assert limited.shared_memory_bytes == PRESETS["sm_86"].shared_memory_bytes
+        with pytest.raises(TargetError, match=r"sms=<positive number>"):
+            Target.parse("sm_86,cores=2")
+
     def test_unknown_name_lists_the_presets(self):
         with pytest.raises(TargetError, match=r"unknown target 'znver9'.*native.*sapphirerapids.*znver4"):
             Target.parse("znver9")
@@ -109,8 +123,14 @@ class TestTarget:
             assert preset.key() == f"cpu/{preset.arch}/{preset.cores}"
         else:
             assert preset.shared_memory_bytes > 48 * 1024
-            assert preset.registers_per_block == 65536
+            assert preset.shared_memory_per_sm_bytes == preset.shared_memory_bytes + 1024
+            assert preset.registers_per_block == preset.registers_per_sm == 65536
+            assert preset.registers_per_thread == 255
+            assert preset.threads_per_block <= 32 * preset.warps_per_sm
+            assert preset.blocks_per_sm <= preset.warps_per_sm
             assert preset.sm_count > 0
+            assert preset.has("mma.sync", "cp.async", "bf16")
+            assert preset.has("wgmma") == (preset.name == "sm_90a")
         assert list(preset.features) == sorted(preset.features)
 
     def test_frozen_and_hashable(self):

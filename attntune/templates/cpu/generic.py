@@ -22,7 +22,15 @@ from typing import Any, ClassVar
 from attntune.ops.workload import Workload
 from attntune.search.space import Config, ConfigSpace, Knob
 from attntune.target import Target
-from attntune.templates.common import PARTITION_HINT, lanes_within, vectorize_inner
+from attntune.templates.common import (
+    PARTITION_HINT,
+    lanes_within,
+    only_read_elementwise,
+    reduces_contiguously,
+    reductions_of,
+    stages_of,
+    vectorize_inner,
+)
 from attntune.templates.template import ScheduleTemplate
 
 
@@ -59,19 +67,19 @@ class GenericCPU(ScheduleTemplate):
 
         function = te.create_prim_func(workload.compute()).with_attr("global_symbol", "main")
         sch = Schedule(tvm.IRModule({"main": function}))
-        for block in _stages(sch):
-            if not _reductions(sch, block) and _only_read_elementwise(sch, block):
+        for block in stages_of(sch):
+            if not reductions_of(sch, block) and only_read_elementwise(sch, block):
                 sch.compute_inline(block)
         lanes, vectors, parallel = target.lanes("float32"), config.integer("vectors"), bool(config["parallel"])
-        stages = [block for block in _stages(sch) if sch.get_loops(block)]
+        stages = [block for block in stages_of(sch) if sch.get_loops(block)]
         for block in stages:
-            if _reductions(sch, block) and _reduces_contiguously(sch, block):
+            if reductions_of(sch, block) and reduces_contiguously(sch, block):
                 _reduce_in_lanes(sch, block, lanes, vectors, parallel)
-            elif _reductions(sch, block):
+            elif reductions_of(sch, block):
                 _reduce_around_lanes(sch, block, lanes, vectors, parallel)
         # Last, for a partitioned loop lets no other stage be moved.
         for block in stages:
-            if not _reductions(sch, block):
+            if not reductions_of(sch, block):
                 _elementwise(sch, block, lanes, parallel)
         return sch.mod
 
@@ -85,37 +93,6 @@ class GenericCPU(ScheduleTemplate):
             "intensity": workload.flops() / moved,
             "log_flops": math.log2(max(workload.flops(), 1)),
         }
-
-
-def _stages(sch: Any) -> list[Any]:
-    if sch.mod["main"].body.block.name_hint != "root":  # one stage that holds all of its loops, as a recurrence is
-        return []
-    return list(sch.get_child_blocks(sch.get_sblock("root")))
-
-
-def _reductions(sch: Any, block: Any) -> list[Any]:
-    """Reduction axes of ``block``."""
-    return [axis for axis in sch.get(block).iter_vars if axis.iter_type == axis.CommReduce]
-
-
-def _only_read_elementwise(sch: Any, block: Any) -> bool:
-    """Whether inlining ``block`` repeats no work: it is read, and only by stages without reductions."""
-    consumers = sch.get_consumers(block)
-    return bool(consumers) and all(not _reductions(sch, consumer) for consumer in consumers)
-
-
-def _reduces_contiguously(sch: Any, block: Any) -> bool:
-    """Whether the last reduction axis is the contiguous one of every operand that it indexes."""
-    from tvm import tirx
-
-    axis = _reductions(sch, block)[-1].var
-
-    def uses(bounds: Any) -> bool:
-        return any(axis.same_as(variable) for variable in tirx.analysis.undefined_vars(bounds.min))
-
-    regions = [list(read.region) for read in sch.get(block).reads]
-    indexed = [region for region in regions if any(uses(bounds) for bounds in region)]
-    return all(uses(region[-1]) and not any(uses(bounds) for bounds in region[:-1]) for region in indexed)
 
 
 def _has_index_conditions(sch: Any, block: Any) -> bool:
@@ -207,7 +184,7 @@ def _reduce_in_lanes(sch: Any, block: Any, lanes: int, vectors: int, parallel: b
 def _outer_and_reductions(sch: Any, block: Any) -> list[Any]:
     """One loop over all spatial axes of ``block`` (of extent 1 where there are none), then its reduction loops."""
     loops = list(sch.get_loops(block))
-    count = len(_reductions(sch, block))
+    count = len(reductions_of(sch, block))
     spatial = loops[:-count]
     if not spatial:
         return [sch.add_unit_loop(loops[0]), *loops]
@@ -217,7 +194,7 @@ def _outer_and_reductions(sch: Any, block: Any) -> list[Any]:
 def _reduce_around_lanes(sch: Any, block: Any, lanes: int, vectors: int, parallel: bool) -> None:
     """``for i: for j: for k: c`` → ``for i, j_outer parallel: for k: for v unrolled: for lane vectorised: c``."""
     loops = list(sch.get_loops(block))
-    count = len(_reductions(sch, block))
+    count = len(reductions_of(sch, block))
     spatial, reductions = loops[:-count], loops[-count:]
     if not spatial:
         return

@@ -1,0 +1,1 @@
+"""Schedule templates for CUDA. Which of them ever ran on a GPU, the README's table says."""
