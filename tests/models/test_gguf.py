@@ -14,7 +14,9 @@ from decoder_oracle import llama_logits
 from attntune.compiler import compile
 from attntune.errors import ModelError
 from attntune.models import from_pretrained
+from attntune.models.precision import supported
 from attntune.runtime.tuned_model import TunedModel
+from attntune.target import native
 
 gguf = pytest.importorskip("gguf")
 
@@ -181,3 +183,38 @@ def _hugging_face_tensors(model):
         ):  # fmt: skip
             tensors[f"{theirs}{name}.weight"] = value
     return tensors
+
+
+def test_smollm2_writes_what_pytorch_writes_token_for_token(smollm2):
+    from tokenizers import Tokenizer
+
+    model = from_pretrained(smollm2)
+    ids = Tokenizer.from_file(str(model.directory / "tokenizer.json")).encode("Once upon a time, there was").ids
+    tuned = TunedModel(compile(model, shapes=[{"batch": 1, "seq": 8, "context": 72}], entries=["prefill", "decode"]))
+    (written,) = tuned.generate([ids], max_new_tokens=56, stop=[]).tokens
+    assert len(written) == 56
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in _hugging_face_tensors(model).items()}
+    # Given what was written so far, at every position: the same tokens as writing with a cache of its own.
+    logits = llama_logits(
+        tensors, torch.tensor([[*ids, *written]]), layers=30, heads=9, kv_heads=3, eps=1e-5, theta=100000.0,
+        interleaved=True,
+    )[0]  # fmt: skip
+    assert written == logits[len(ids) - 1 : -1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 0.02), ("int8", 0.05)])
+def test_smollm2s_perplexity_at_lower_precisions(smollm2, precision, bound):
+    from tokenizers import Tokenizer
+
+    model = from_pretrained(smollm2)
+    if (reason := supported(precision, native())[1]) != "":
+        pytest.skip(reason)
+    tokenizer = Tokenizer.from_file(str(model.directory / "tokenizer.json"))
+    text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
+    ids = np.array([tokenizer.encode(" ".join(text.split())).ids[:512]])
+    perplexity = {}
+    for name in ("float32", precision):
+        tuned = TunedModel(compile(model, shapes=[{"batch": 1, "seq": 512}], entries=["forward"], precision=name))
+        logits = torch.from_numpy(tuned(input_ids=ids))[0, :-1]
+        perplexity[name] = float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids)[0, 1:]).exp())
+    assert perplexity[precision] == pytest.approx(perplexity["float32"], rel=bound)
