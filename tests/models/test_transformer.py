@@ -1,0 +1,135 @@
+"""The Transformer of 2017 with ANNalog's weights, against PyTorch from the checkpoint's own tensors."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from attntune.compiler import compile
+from attntune.interop import export_onnx, verify_onnx
+from attntune.models import from_pretrained
+from attntune.runtime import load
+from attntune.runtime.text import Codec
+
+HEADS = 8
+SOURCES = ["CCO", "CC(=O)Oc1ccccc1C(=O)O", "CN1C=NC2=C1C(=O)N(C)C(=O)N2C"]
+
+
+@pytest.fixture(scope="module")
+def directory():
+    found = importlib.util.find_spec("annalog")
+    assert found is not None, "install the test model: pip install --no-deps annalog==1.0.6"
+    assert found.origin is not None
+    return Path(found.origin).parent / "ckpt_and_vocab"
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+    return from_pretrained(directory)
+
+
+@pytest.fixture(scope="module")
+def tuned(model, tmp_path_factory):
+    shapes = [{"batch": batch, "source": 32, "seq": 1, "context": 102} for batch in (1, 3)]
+    return load(compile(model, shapes=shapes).save(tmp_path_factory.mktemp("annalog") / "m.attn"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(directory):
+    return torch.load(directory / "Lev_extended.pt", map_location="cpu", weights_only=True)
+
+
+@torch.inference_mode()
+def oracle(t, source, target):
+    """Logits (seq, vocab) of one pair of token lists, nothing padded."""
+
+    def linear(x, name):
+        return F.linear(x, t[f"{name}.weight"], t[f"{name}.bias"])
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], t[f"{name}.weight"], t[f"{name}.bias"])
+
+    def embed(ids, side):
+        table = t[f"{side}.tok_embedding.weight"]
+        return table[torch.tensor(ids)] * table.shape[1] ** 0.5 + t[f"{side}.pos_embedding.weight"][: len(ids)]
+
+    def attend(x, memory, name, causal=False):
+        q, k, v = (
+            linear(value, f"{name}.fc_{part}").unflatten(-1, (HEADS, -1)).transpose(0, 1)
+            for value, part in ((x, "q"), (memory, "k"), (memory, "v"))
+        )
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+        return linear((scores.softmax(-1) @ v).transpose(0, 1).flatten(1), f"{name}.fc_o")
+
+    def feed_forward(x, name):
+        return linear(linear(x, f"{name}.fc_1").relu(), f"{name}.fc_2")
+
+    memory = embed(source, "encoder")
+    for i in range(3):
+        at = f"encoder.layers.{i}"
+        memory = norm(memory + attend(memory, memory, f"{at}.self_attention"), f"{at}.self_attn_layer_norm")
+        memory = norm(memory + feed_forward(memory, f"{at}.positionwise_feedforward"), f"{at}.ff_layer_norm")
+    x = embed(target, "decoder")
+    for i in range(3):
+        at = f"decoder.layers.{i}"
+        x = norm(x + attend(x, x, f"{at}.self_attention", causal=True), f"{at}.self_attn_layer_norm")
+        x = norm(x + attend(x, memory, f"{at}.encoder_attention"), f"{at}.enc_attn_layer_norm")
+        x = norm(x + feed_forward(x, f"{at}.positionwise_feedforward"), f"{at}.ff_layer_norm")
+    return linear(x, "decoder.fc_out")
+
+
+def greedy(t, source, generation, most):
+    """What the oracle writes, recomputing everything at every token."""
+    written = list(generation.start)
+    while len(written) <= most:
+        logits = oracle(t, source, written)[-1].clone()
+        logits[list(generation.suppress)] = -torch.inf
+        if (token := int(logits.argmax())) in generation.stop:
+            break
+        written.append(token)
+    return written[len(generation.start) :]
+
+
+def ids_of(tuned, source):
+    """Token ids of one source, without padding."""
+    found = Codec(tuned.folder).sources([source])
+    return found["input_ids"][0, : int(found["source_lengths"][0])].tolist()
+
+
+def test_logits_match_pytorch(model, checkpoint, tuned, tmp_path):
+    shapes = [{"batch": 1, "source": 32, "seq": 16}]
+    whole = load(compile(model, shapes=shapes, entries=["forward"]).save(tmp_path / "m.attn"))
+    source, target = ids_of(tuned, SOURCES[1]), [2, 7, 9, 8, 7, 11, 20, 7]
+    got = whole(
+        input_ids=np.array([source]), source_lengths=np.array([len(source)], np.int32),
+        decoder_input_ids=np.array([target]),
+    )  # fmt: skip
+    expected = oracle(checkpoint, source, target).numpy()
+    np.testing.assert_allclose(got[0], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_greedy_is_pytorchs_token_for_token(model, checkpoint, tuned, source):
+    found = tuned.generate([[]], source=Codec(tuned.folder).sources([source]), max_new_tokens=60)
+    expected = greedy(checkpoint, ids_of(tuned, source), model.generation, 60)
+    assert found.tokens == [expected[:60]]
+    assert len(expected) > 0
+
+
+def test_a_batch_of_different_lengths_is_one_by_one(tuned):
+    codec = Codec(tuned.folder)
+    together = tuned.generate([[], [], []], source=codec.sources(SOURCES), max_new_tokens=40).tokens
+    alone = [tuned.generate([[]], source=codec.sources([s]), max_new_tokens=40).tokens[0] for s in SOURCES]
+    assert together == alone
+
+
+@pytest.mark.parametrize("entry", ["encode", "prefill", "decode", "forward"])
+def test_the_onnx_twin_of_every_entry_matches(model, entry, tmp_path):
+    path = export_onnx(model, tmp_path / "m.onnx", entry=entry)
+    parity = verify_onnx(path, model, entry=entry, shapes=({"batch": 2, "source": 9, "seq": 3, "context": 12},))
+    assert parity.ok, (entry, parity.max_abs_error)
