@@ -11,6 +11,7 @@ it costs and brings). Raw samples go to RESULTS/SUITE-TARGET/. Without names, ev
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 from attntune.compiler import compile
 from attntune.database.query import Database
 from attntune.engines.comparison import Comparison
-from attntune.engines.end_to_end import ENCODERS, TUNING_SHAPES, EncoderCase, encoders, tuning
+from attntune.engines.end_to_end import ENCODERS, TUNING_SHAPES, encoders, tuning
 from attntune.engines.generation import compare_writers
 from attntune.engines.kernel_comparison import KernelComparison, KernelOptions, compare_kernels
 from attntune.engines.kernel_suites import DTYPES, KERNEL_SUITES
@@ -121,7 +122,7 @@ def run_encoders(folder: Path, target: Target, database: Database, options: argp
             if all(word in (case.model, case.mask, name) for word in words)
         )  # fmt: skip
         if shapes:
-            chosen.append(EncoderCase(case.model, shapes, case.mask))
+            chosen.append(dataclasses.replace(case, shapes=shapes))
     found = encoders(
         chosen, options.engines.split(","), options.dtypes.split(","), target, database=database,
         rounds=options.rounds, say=say,
