@@ -50,7 +50,7 @@ def at_precision(model: Model, precision: str) -> Model:
 
     ``bfloat16``: weights and what operators hand on are bfloat16; sums, softmax and normalisation stay float32.
     ``int8``: the same, and weights of linear layers are int8 with one scale an output feature, multiplied with
-    activations that the kernels quantise row by row.
+    activations that the kernels quantise, 64 values of a row at a time.
     """
     if precision == model.precision:
         return model

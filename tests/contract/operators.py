@@ -64,9 +64,13 @@ def _linear(w: Linear, x, weight, *rest):
         import torch
 
         weight = weight * rest.pop(0)[:, None]
-        # One scale a row of x, in float32 as the definition has it.
-        top = x.float().abs().amax(1, keepdim=True)
-        x = torch.round(x.float() * (torch.full_like(top, 127) / top)).double() * (top * torch.tensor(1 / 127)).double()
+        # One scale for every 64 values of a row of x, in float32 as the definition has it.
+        exact = []
+        for group in x.float().split(64, dim=1):
+            top = group.abs().amax(1, keepdim=True)
+            whole = torch.round(group * (torch.full_like(top, 127) / top)).double()
+            exact.append(whole * (top * torch.tensor(1 / 127)).double())
+        x = torch.cat(exact, dim=1)
     y = F.linear(x, weight, rest.pop(0) if w.bias else None)
     activation = {
         "": lambda v: v,
@@ -364,6 +368,8 @@ ROWS: dict[str, Row] = {
             Linear(7, 45, 50, activation="relu", residual=True, weight_dtype="int8"),
             Linear(1, 64, 33, activation="gelu_tanh", gated=True, weight_dtype="int8"),
             Linear(18, 40, 64, dtype="bfloat16", weight_dtype="int8"),
+            Linear(9, 150, 40, weight_dtype="int8"),
+            Linear(5, 128, 48, bias=False, dtype="bfloat16", weight_dtype="int8"),
             Linear(51, 24, 48, activation="gelu", residual=True, seq=17),
             Linear(40, 19, 37, seq=10),
             Linear(34, 24, 32, activation="silu", gated=True, bias=False, seq=17),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from attntune.ops.linear import INT8_MAX, Linear
+from attntune.ops.linear import INT8_GROUP, INT8_MAX, Linear
 from attntune.search.space import Config
 from attntune.target import Target
 from attntune.templates.cpu import bf16
@@ -92,8 +93,8 @@ class LinearKernel:
         if w.quantized:
             width = self.steps * self.arithmetic.group
             self.bytes = T.sblock_alloc_buffer((w.rows, width), "int8")
-            self.step = T.sblock_alloc_buffer((w.rows,), "float32")
-            self.start = T.sblock_alloc_buffer((w.rows,), "int32")
+            self.step = T.sblock_alloc_buffer((w.rows, w.groups), "float32")
+            self.start = T.sblock_alloc_buffer((w.rows, w.groups), "int32")
             self.operand["x"] = T.decl_buffer((w.rows, self.steps), word, data=self.bytes.data)
         elif w.dtype == "bfloat16":
             self.operand["x"] = bf16.view(operand["x"], "int32")
@@ -101,55 +102,70 @@ class LinearKernel:
     # -- quantisation --------------------------------------------------------------------------------------------------
 
     def _quantize(self, x: Any) -> None:
-        """Every row of x as int8, what a unit of it is worth, and what its sums start from."""
-        from tvm import tirx
+        """Every group of every row of x as int8, what a unit of it is worth, and what its sums start from."""
         from tvm.tirx.script.builder import ir as T
 
-        w, lanes = self.w, self.lanes
+        w = self.w
         source = bf16.view(x, "uint16") if w.dtype == "bfloat16" else x
-        whole, left = divmod(w.in_features, lanes)
-
-        def vector(i: Any, k: Any) -> Any:
-            if w.dtype == "bfloat16":
-                return bf16.from_bits(source.vload([i, k], dtype=f"uint16x{lanes}"), lanes)
-            return source.vload([i, k], dtype=self.v.dtype)
-
-        def scalar(i: Any, k: Any) -> Any:
-            return bf16.from_bits(source[i, k]) if w.dtype == "bfloat16" else source[i, k]
-
+        whole, left = divmod(w.in_features, INT8_GROUP)
         loop = T.parallel(w.rows, annotations=self.imports) if w.rows > 1 else T.serial(1)
         with loop as i, T.sblock("quantize"):
             T.reads()
             T.writes()
-            top = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
-            total = T.sblock_alloc_buffer((lanes,), "int32", scope="local")
-            best = T.sblock_alloc_buffer((1,), "float32", scope="local")
-            count = T.sblock_alloc_buffer((1,), "int32", scope="local")
-            self.v.store(top, [0], self.v.splat(0.0))
-            with T.serial(whole) as k:
-                self.v.store(top, [0], T.max(self.v.load(top, [0]), tirx.abs(vector(i, k * lanes))))
-            T.buffer_store(best, tirx.const(1e-30, "float32"), [0])
-            for lane in range(lanes):
-                T.buffer_store(best, T.max(best[0], top[lane]), [0])
+            with T.serial(whole) as g:
+                self._quantize_group(source, i, g, INT8_GROUP)
+            if left:
+                self._quantize_group(source, i, whole, left)
+
+    def _quantize_group(self, source: Any, i: Any, g: Any, width: int) -> None:
+        """Group ``g`` of row ``i``, ``width`` values of ``source`` (rows, in_features); zeros up to a whole word."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        lanes, first = self.lanes, g * INT8_GROUP
+        whole, left = divmod(width, lanes)
+        ints = f"int32x{lanes}"
+
+        def rounded(value: Any, factor: Any) -> Any:
+            return tirx.Cast(ints, tirx.nearbyint(value * factor))
+
+        values = []
+        for k in range(whole):
+            if source.dtype == "uint16":
+                bits = source.vload([i, first + k * lanes], dtype=f"uint16x{lanes}")
+                values.append(T.bind(bf16.from_bits(bits, lanes)))
+            else:
+                values.append(T.bind(self.v.load(source, [i, first + k * lanes])))
+        if left:
+            tail = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+            self.v.store(tail, [0], self.v.splat(0.0))
             with T.serial(left) as k:
-                T.buffer_store(best, T.max(best[0], tirx.abs(scalar(i, whole * lanes + k))), [0])
-            factor = tirx.const(float(INT8_MAX), "float32") / best[0]
-            self.v.store(total, [0], tirx.Broadcast(tirx.const(0, "int32"), lanes))
-            with T.serial(whole) as k:
-                rounded = tirx.Cast(f"int32x{lanes}", tirx.nearbyint(vector(i, k * lanes) * self.v.broadcast(factor)))
-                self.v.store(total, [0], total.vload([0], dtype=f"int32x{lanes}") + rounded)
-                self.v.store(self.bytes, [i, k * lanes], tirx.Cast(f"int8x{lanes}", rounded))
-            T.buffer_store(count, tirx.const(0, "int32"), [0])
-            for lane in range(lanes):
-                T.buffer_store(count, count[0] + total[lane], [0])
-            with T.serial(left) as k:
-                rounded = tirx.Cast("int32", tirx.nearbyint(scalar(i, whole * lanes + k) * factor))
-                T.buffer_store(count, count[0] + rounded, [0])
-                T.buffer_store(self.bytes, tirx.Cast("int8", rounded), [i, whole * lanes + k])
-            for k in range(w.in_features, self.steps * self.arithmetic.group):
-                T.buffer_store(self.bytes, tirx.const(0, "int8"), [i, k])
-            T.buffer_store(self.start, count[0] * tirx.const(-INT8_OFFSET, "int32"), [i])
-            T.buffer_store(self.step, best[0] * tirx.const(1.0 / INT8_MAX, "float32"), [i])
+                value = source[i, first + whole * lanes + k]
+                T.buffer_store(tail, bf16.from_bits(value) if source.dtype == "uint16" else value, [k])
+            values.append(T.bind(self.v.load(tail, [0])))
+        top = self.v.splat(1e-30)
+        for value in values:
+            top = T.max(top, tirx.abs(value))
+        top = self.v.fold(top, T.max)
+        factor = T.bind(self.v.splat(float(INT8_MAX)) / top)
+        total: Any = tirx.Broadcast(tirx.const(0, "int32"), lanes)
+        for k, value in enumerate(values):
+            whole_numbers = T.bind(rounded(value, factor))
+            total = total + whole_numbers
+            narrow = tirx.Cast(f"int8x{lanes}", whole_numbers)
+            if k < whole:
+                self.v.store(self.bytes, [i, first + k * lanes], narrow)
+                continue
+            last = T.sblock_alloc_buffer((lanes,), "int8", scope="local")
+            self.v.store(last, [0], narrow)
+            for lane in range(math.ceil(left / self.arithmetic.group) * self.arithmetic.group):
+                T.buffer_store(self.bytes, last[lane], [i, first + whole * lanes + lane])
+        sums = T.sblock_alloc_buffer((lanes,), "int32", scope="local")
+        steps = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+        self.v.store(sums, [0], self.v.fold(total, lambda a, b: a + b))
+        self.v.store(steps, [0], top)
+        T.buffer_store(self.start, sums[0] * tirx.const(-INT8_OFFSET, "int32"), [i, g])
+        T.buffer_store(self.step, steps[0] * tirx.const(1.0 / INT8_MAX, "float32"), [i, g])
 
     # -- tiles ---------------------------------------------------------------------------------------------------------
 
@@ -221,16 +237,65 @@ class LinearKernel:
                     T.buffer_store(y, zero, [row + a, first + lane])
 
     def _tile(self, row: Any, rows: int, panels: _Panels, valid: Any | None) -> None:
-        """``rows`` × ``panels.count`` accumulators, in ``chains`` copies that hide the latency of an addition.
+        """``rows`` × ``panels.count`` sums; ``valid``: of so many rows at most; the others become zero."""
+        sums = self._sums_by_group if self.w.quantized else self._sums
+        write = self._through_memory if self.staged else self._from_registers
+        write(sums(row, rows, panels), row, rows, panels, valid)
 
-        ``valid``: of so many rows at most; the others become zero.
+    def _sums(self, row: Any, rows: int, panels: _Panels) -> Callable[[int, int], Any]:
+        """The sums of a tile, by row and panel; vectors of float32."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        kind = self.arithmetic.accumulator
+        zero = tirx.Broadcast(tirx.const(0, kind), self.lanes)
+        acc = T.sblock_alloc_buffer((self.chains, rows, panels.count * self.parts, self.lanes), kind, scope="local")
+        return self._reduce(acc, row, panels, 0, self.steps, lambda a: zero)
+
+    def _sums_by_group(self, row: Any, rows: int, panels: _Panels) -> Callable[[int, int], Any]:
+        """The same of quantised x: exact int32 sums within a group, scaled and added in float32."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        wide = panels.count * self.parts
+        exact = T.sblock_alloc_buffer((self.chains, rows, wide, self.lanes), "int32", scope="local")
+        total = T.sblock_alloc_buffer((rows, wide, self.lanes), "float32", scope="local")
+        each = [(a, v) for a in range(rows) for v in range(wide)]
+
+        def held(a: int, v: int) -> Any:
+            return self.v.load(total, [a, v, 0])
+
+        def group(g: Any, steps: int) -> None:
+            sums = self._reduce(
+                exact, row, panels, g * per_group, steps, lambda a: self.v.broadcast(self.start[row + a, g])
+            )
+            for a, v in each:
+                scaled = tirx.Cast(self.v.dtype, sums(a, v)) * self.v.broadcast(self.step[row + a, g])
+                self.v.store(total, [a, v, 0], held(a, v) + scaled)
+
+        for a, v in each:
+            self.v.store(total, [a, v, 0], self.v.splat(0.0))
+        per_group = INT8_GROUP // self.arithmetic.group
+        whole, left = divmod(self.steps, per_group)
+        if whole:
+            with T.serial(whole) as g:
+                group(g, per_group)
+        if left:
+            group(whole, left)
+        return held
+
+    def _reduce(
+        self, acc: Any, row: Any, panels: _Panels, first: Any, steps: int, start: Callable[[int], Any]
+    ) -> Callable[[int, int], Any]:
+        """``steps`` reduction steps from ``first`` on, into ``acc`` (chains, rows, panels, lanes).
+
+        The sums of row ``a`` begin with ``start(a)``; ``chains`` copies hide the latency of an addition.
         """
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
-        wide, chains = panels.count * self.parts, self.chains
-        x, weight, kind = self.operand["x"], self.operand["weight"], self.arithmetic.accumulator
-        acc = T.sblock_alloc_buffer((chains, rows, wide, self.lanes), kind, scope="local")
+        chains, rows, wide, _ = (int(extent) for extent in acc.shape)
+        x, weight, kind = self.operand["x"], self.operand["weight"], acc.dtype
         zero = tirx.Broadcast(tirx.const(0, kind), self.lanes)
         each = [(a, v) for a in range(rows) for v in range(wide)]
 
@@ -239,8 +304,7 @@ class LinearKernel:
 
         for c in range(chains):
             for a, v in each:
-                first = self.v.broadcast(self.start[row + a]) if self.w.quantized and c == 0 else zero
-                self.v.store(acc, [c, a, v, 0], first)
+                self.v.store(acc, [c, a, v, 0], zero if c else start(a))
 
         def step(k: Any, c: int) -> None:
             loaded = [weight.vload([self._part(panels, v), k, 0], dtype=f"{self.arithmetic.word}x{self.lanes}")
@@ -250,17 +314,17 @@ class LinearKernel:
                 self.v.store(acc, [c, a, v, 0], self.arithmetic.multiply_add(held(c, a, v), spread, loaded[v]))
 
         unroll = self.unroll * chains
-        whole, left = divmod(self.steps, unroll)
+        whole, left = divmod(steps, unroll)
         if whole:
             with T.serial(whole) as k:
                 for u in range(unroll):
-                    step(k * unroll + u, u % chains)
+                    step(first + k * unroll + u, u % chains)
         for u in range(left):
-            step(whole * unroll + u, u % chains)
+            step(first + whole * unroll + u, u % chains)
         for c in range(1, chains):
             for a, v in each:
                 self.v.store(acc, [0, a, v, 0], held(0, a, v) + held(c, a, v))
-        (self._through_memory if self.staged else self._from_registers)(held, row, rows, panels, valid)
+        return lambda a, v: held(0, a, v)
 
     def _part(self, panels: _Panels, v: Any) -> Any:
         """Which of the weight's panels ``v`` is, counted over those of both parts."""
@@ -268,30 +332,31 @@ class LinearKernel:
 
     # -- epilogue ------------------------------------------------------------------------------------------------------
 
-    def _value(self, held: Any, row: Any, a: int, panels: _Panels, v: int) -> Any:
-        """A vector of sums as float32, with its bias; ``v`` counts the panels of both parts."""
+    def _value(self, held: Callable[[int, int], Any], a: int, panels: _Panels, v: int) -> Any:
+        """A vector of sums with its bias; ``v`` counts the panels of both parts."""
         at = self._part(panels, v) * self.lanes
-        value = held(0, a, v)
+        value = held(a, v)
         if self.w.quantized:
-            from tvm import tirx
-
-            scale = self.v.load(self.operand["scale"], [at])
-            value = tirx.Cast(self.v.dtype, value) * (scale * self.v.broadcast(self.step[row + a]))
+            value = value * self.v.load(self.operand["scale"], [at])
         return value + self.v.load(self.operand["bias"], [at]) if self.w.bias else value
 
-    def _from_registers(self, held: Any, row: Any, rows: int, panels: _Panels, valid: Any | None) -> None:
+    def _from_registers(
+        self, held: Callable[[int, int], Any], row: Any, rows: int, panels: _Panels, valid: Any | None
+    ) -> None:
         from tvm.tirx.script.builder import ir as T
 
         for a in range(rows):
             for v in range(panels.count):
-                value = self._value(held, row, a, panels, v * self.parts)
+                value = self._value(held, a, panels, v * self.parts)
                 if self.w.activation:
                     value = T.max(value, self.v.splat(0.0))
                 if self.w.gated:
-                    value = value * self._value(held, row, a, panels, v * 2 + 1)
+                    value = value * self._value(held, a, panels, v * 2 + 1)
                 self._write(row + a, panels.at(v) * self.lanes, value, None if valid is None else a < valid)
 
-    def _through_memory(self, held: Any, row: Any, rows: int, panels: _Panels, valid: Any | None) -> None:
+    def _through_memory(
+        self, held: Callable[[int, int], Any], row: Any, rows: int, panels: _Panels, valid: Any | None
+    ) -> None:
         from tvm.tirx.script.builder import ir as T
 
         from attntune.ops import math as tmath
@@ -300,7 +365,7 @@ class LinearKernel:
         stage = T.sblock_alloc_buffer((rows, panels.count * self.parts, lanes), "float32")
         for a in range(rows):
             for v in range(panels.count * self.parts):
-                self.v.store(stage, [a, v, 0], self._value(held, row, a, panels, v))
+                self.v.store(stage, [a, v, 0], self._value(held, a, panels, v))
         with T.serial(rows) as a, T.unroll(panels.count) as v:
             at, inside = v * self.parts, None if valid is None else a < valid
             if w.activation:
