@@ -29,7 +29,7 @@ from attntune.tuning_task import TuningTask
 
 SearcherFactory = Callable[[ConfigSpace, Features, Config, int], Searcher]
 
-#: Shapes a model is tuned for when none are given.
+#: Shapes a model is tuned for when none are given and it names none itself.
 DEFAULT_SHAPES: tuple[Mapping[str, int], ...] = ({"batch": 1, "seq": 128},)
 #: Configs of one workload asked for at once; more where more are built at once.
 _BATCH = 4
@@ -55,6 +55,7 @@ def tune(
     searcher: str | SearcherFactory = "evolutionary",
     seed: int = 0,
     shapes: Sequence[Mapping[str, int]] | None = None,
+    entries: Sequence[str] | None = None,
     cache: str = "hot",
     precision: str = "float32",
     runner: Runner | None = None,
@@ -77,7 +78,9 @@ def tune(
         database: path of the journal; created if missing.
         searcher: a name in ``SEARCHERS``, or a callable ``(space, features, default, seed) -> Searcher``.
         seed: of the search and of the operands.
-        shapes: values of a model's symbolic dimensions, e.g. ``[{"batch": 1, "seq": 128}]``; models only.
+        shapes: values of a model's symbolic dimensions, e.g. ``[{"batch": 1, "seq": 128}]``; models only. By default
+            ``model.shapes``, or batch 1 with 128 positions where it has none.
+        entries: entry points of a model; by default those that are compiled unasked.
         cache: ``hot`` or ``cold``; of the runner that is made here.
         precision: of a model, as :func:`attntune.compile` takes it.
         runner: where trials run; by default this machine. One that is given stays open, except after an interrupt.
@@ -102,7 +105,7 @@ def tune(
     where = Target.parse(target)
     if precision != "float32":
         model = _at_precision(model, precision, where)
-    calls = _workloads(model, shapes)
+    calls = _workloads(model, shapes, entries)
     journal = Journal(Path(database))
     known = journal.load()
     own_runner = runner is None
@@ -335,12 +338,15 @@ def _at_precision(model: Any, precision: str, target: Target) -> Any:
     return at_precision(model, found)
 
 
-def _workloads(model: Any, shapes: Sequence[Mapping[str, int]] | None) -> dict[Workload, tuple[int, str]]:
+def _workloads(
+    model: Any, shapes: Sequence[Mapping[str, int]] | None, entries: Sequence[str] | None
+) -> dict[Workload, tuple[int, str]]:
     """Workload → calls and the shape of the model it belongs to, of whatever :func:`tune` accepts."""
     if hasattr(model, "workloads"):
-        return _of_model(model, shapes if shapes is not None else DEFAULT_SHAPES)
-    if shapes is not None:
-        raise TuningError("expected shapes only with a model: a workload's shape is fixed")
+        own = getattr(model, "shapes", ()) or DEFAULT_SHAPES
+        return _of_model(model, shapes if shapes is not None else own, entries)
+    if shapes is not None or entries is not None:
+        raise TuningError("expected shapes and entries only with a model: a workload's shape is fixed")
     calls: dict[Workload, int] = {}
     if isinstance(model, Mapping):
         calls = dict(model)
@@ -359,14 +365,19 @@ def _workloads(model: Any, shapes: Sequence[Mapping[str, int]] | None) -> dict[W
     return {workload: (n, "") for workload, n in calls.items()}
 
 
-def _of_model(model: Any, shapes: Sequence[Mapping[str, int]]) -> dict[Workload, tuple[int, str]]:
+def _of_model(
+    model: Any, shapes: Sequence[Mapping[str, int]], chosen: Sequence[str] | None
+) -> dict[Workload, tuple[int, str]]:
     """A workload of several shapes belongs to the first."""
     found: dict[Workload, tuple[int, str]] = {}
+    entries = getattr(model, "entries", None) or {"forward": None}
+    unasked = [name for name, spec in entries.items() if not getattr(spec, "on_request", False)]
+    if unknown := [name for name in chosen or () if name not in entries]:
+        raise TuningError(f"unknown entries {unknown}; expected some of {sorted(entries)}")
     for shape in shapes:
         calls: dict[Workload, int] = {}
         # Entry points share most of their calls, and one run uses one of them.
-        entries = getattr(model, "entries", None) or {"forward": None}
-        for entry in (name for name, spec in entries.items() if not getattr(spec, "on_request", False)):
+        for entry in chosen or unasked:
             for workload, n in model.workloads([shape], entry).items():
                 calls[workload] = max(n, calls.get(workload, 0))
         for workload, n in calls.items():

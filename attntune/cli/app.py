@@ -18,7 +18,7 @@ def _version(wanted: bool) -> None:
 
 def build() -> typer.Typer:
     """The application. Plain help text: rich's help alone costs more than the 0.3 s that ``--help`` may take."""
-    from attntune.cli import compare, compile, doctor, export, records, report, run, target, tune
+    from attntune.cli import compare, compile, doctor, export, perplexity, records, report, run, target, tune
 
     app = typer.Typer(
         name="attntune",
@@ -40,6 +40,7 @@ def build() -> typer.Typer:
         tune.tune,
         compile.compile,
         run.run,
+        perplexity.perplexity,
         compare.compare,
         report.report,
         export.export,

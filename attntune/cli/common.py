@@ -29,6 +29,7 @@ PrecisionOption = Annotated[str, typer.Option(help="float32, bfloat16 or int8 (w
 _SHAPES = typer.Option(help="Batch x sequence lengths, separated by commas: 1x128,8x128.")
 ShapesOption = Annotated[str, _SHAPES]
 OptionalShapes = Annotated[str | None, _SHAPES]
+EntriesOption = Annotated[str | None, typer.Option(help="Entry points, such as forward,attend.")]
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,11 @@ def parse_shapes(text: str) -> list[dict[str, int]]:
             sizes[match[1] or name] = int(match[2])
         shapes.append(sizes)
     return shapes
+
+
+def parse_names(text: str | None) -> list[str] | None:
+    """``"forward, attend"`` as a list; None stays None."""
+    return None if text is None else [name.strip() for name in text.split(",")]
 
 
 def load_model(source: str) -> Model:

@@ -10,6 +10,7 @@ import typer
 
 from attntune.cli.common import (
     DatabaseOption,
+    EntriesOption,
     OptionalShapes,
     PrecisionOption,
     Reply,
@@ -17,6 +18,7 @@ from attntune.cli.common import (
     existing,
     load_model,
     note,
+    parse_names,
     parse_shapes,
     seconds_text,
     table,
@@ -34,7 +36,7 @@ def compile(
     target: TargetOption = "native",
     shapes: OptionalShapes = None,
     precision: PrecisionOption = "float32",
-    entries: Annotated[str | None, typer.Option(help="Entry points, such as forward,attend.")] = None,
+    entries: EntriesOption = None,
 ) -> Reply:
     """Compile a model with the best schedules known into an artifact; without --shapes for a grid of shapes."""
     import attntune
@@ -45,7 +47,7 @@ def compile(
     loaded = load_model(model)
     artifact = attntune.compile(
         loaded, target=target, database=database, shapes=sizes, precision=precision, on_progress=note,
-        entries=None if entries is None else [name.strip() for name in entries.split(",")],
+        entries=parse_names(entries),
     )  # fmt: skip
     path = artifact.save(output)
     size = sum(file.stat().st_size for file in path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
     from attntune.runtime import TunedModel
 
 
-def open_model(path: Path, precision: str | None = None) -> tuple[TunedModel, Path]:
+def open_model(
+    path: Path, precision: str | None = None, *, entries: Sequence[str] | None = None,
+    shapes: Sequence[Mapping[str, int]] | None = None,
+) -> tuple[TunedModel, Path]:  # fmt: skip
     """The model to run, and its artifact's folder.
 
     A folder with ``manifest.json`` is an artifact. Anything else is a model, compiled for this machine with the best
@@ -23,6 +27,8 @@ def open_model(path: Path, precision: str | None = None) -> tuple[TunedModel, Pa
     Args:
         path: of either.
         precision: to compile a model in; float32 by default.
+        entries: to compile of a model; those that are not on request by default.
+        shapes: to compile a model for; those of its family by default.
 
     Raises:
         ArtifactError: there is neither at ``path``.
@@ -36,24 +42,25 @@ def open_model(path: Path, precision: str | None = None) -> tuple[TunedModel, Pa
         if precision not in (None, tuned.manifest.get("precision", "float32")):
             raise InputError(f"{path} is compiled in {tuned.manifest['precision']}; run its model with --precision")
         return tuned, path
-    folder = _cached(path, precision or "float32")
+    wanted = {"precision": precision or "float32", "entries": entries, "shapes": shapes}
+    folder = _cached(path, wanted)
     if not (folder / "manifest.json").is_file():
         try:
             model = load_model(str(path))
         except ModelError as error:
             raise ArtifactError(f"{path} is not an attntune artifact, nor a model: {error}") from None
         note(f"compiling {model.name} once, into {folder}")
-        attntune.compile(model, precision=precision or "float32", on_progress=note).save(folder)
+        attntune.compile(model, on_progress=note, **wanted).save(folder)  # type: ignore[arg-type]
     return attntune.load(folder), folder
 
 
-def _cached(path: Path, precision: str) -> Path:
+def _cached(path: Path, wanted: Mapping[str, object]) -> Path:
     from attntune import __version__
     from attntune.target import Target, user_cache_dir
 
     path = path.resolve()
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
     facts = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-    made_of = "\n".join([str(path), *facts, __version__, Target.parse("native").key(), precision])
+    made_of = "\n".join([str(path), *facts, __version__, Target.parse("native").key(), repr(sorted(wanted.items()))])
     digest = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     return user_cache_dir() / "models" / f"{path.stem}-{digest}.attn"

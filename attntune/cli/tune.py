@@ -11,12 +11,14 @@ import typer
 
 from attntune.cli.common import (
     DatabaseOption,
+    EntriesOption,
     OptionalShapes,
     PrecisionOption,
     Reply,
     TargetOption,
     load_model,
     note,
+    parse_names,
     parse_shapes,
     seconds_text,
     table,
@@ -40,6 +42,7 @@ def tune(
     searcher: Annotated[str, typer.Option(help="grid, random or evolutionary.")] = "evolutionary",
     seed: Annotated[int, typer.Option(help="Of the searcher and of the operands.")] = 0,
     shapes: OptionalShapes = None,
+    entries: EntriesOption = None,
     precision: PrecisionOption = "float32",
     cold: Annotated[bool, typer.Option("--cold", help="Flush the caches before each timed call.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the summary goes, as JSON.")] = None,
@@ -48,8 +51,10 @@ def tune(
     import attntune
 
     database = database or _DATABASE
-    subject = subject_of(what, shapes)
-    again = resume_command(what, target, seconds, trials, database, searcher, seed, shapes, cold, output, precision)
+    subject = subject_of(what, shapes, entries)
+    again = resume_command(
+        what, target, seconds, trials, database, searcher, seed, shapes, cold, output, precision, entries
+    )
     try:
         with Progress() as progress:
             summary = attntune.tune(
@@ -61,6 +66,7 @@ def tune(
                 searcher=searcher,
                 seed=seed,
                 shapes=None if shapes is None else parse_shapes(shapes),
+                entries=parse_names(entries),
                 cache="cold" if cold else "hot",
                 precision=precision,
                 on_event=progress,
@@ -75,7 +81,7 @@ def tune(
     return Reply(document, _text(summary, again), exit_code=130 if summary.interrupted else 0)
 
 
-def subject_of(what: Sequence[str], shapes: str | None) -> Any:
+def subject_of(what: Sequence[str], shapes: str | None, entries: str | None = None) -> Any:
     """The model, or the workloads, that the arguments name.
 
     Raises:
@@ -85,8 +91,8 @@ def subject_of(what: Sequence[str], shapes: str | None) -> Any:
     if keys and len(keys) == len(what):
         from attntune.ops import workload_from_key
 
-        if shapes is not None:
-            raise InputError("expected --shapes only with a model: workload keys hold their own shapes")
+        if shapes is not None or entries is not None:
+            raise InputError("expected --shapes and --entries only with a model: workload keys hold their own shapes")
         return [workload_from_key(key) for key in keys]
     if len(what) != 1:
         raise InputError(f"expected one model, or workload keys only, got {list(what)}")
@@ -96,7 +102,7 @@ def subject_of(what: Sequence[str], shapes: str | None) -> Any:
 def resume_command(
     what: Sequence[str], target: str, seconds: float | None, trials: int | None, database: Path, searcher: str,
     seed: int, shapes: str | None, cold: bool, output: Path | None,
-    precision: str = "float32",
+    precision: str = "float32", entries: str | None = None,
 ) -> str:  # fmt: skip
     """The command that goes on where this run stopped."""
     options = {
@@ -107,6 +113,7 @@ def resume_command(
         "--searcher": searcher if searcher != "evolutionary" else None,
         "--seed": seed or None,
         "--shapes": shapes,
+        "--entries": entries,
         "--output": output,
         "--precision": precision if precision != "float32" else None,
     }

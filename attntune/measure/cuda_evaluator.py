@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +16,8 @@ import numpy as np
 from attntune.database.record import Status
 from attntune.errors import TargetError
 from attntune.measure.buffers import numpy_dtype
-from attntune.measure.evaluator import HOPELESS, Evaluation, mismatch
+from attntune.measure.evaluator import HOPELESS, Evaluation, KeptOperands, mismatch
 from attntune.measure.trial import MeasureOptions, Trial
-
-_KEPT_OPERANDS = 4
-_operands: OrderedDict[tuple[str, str, str, int], DeviceOperands] = OrderedDict()
 
 
 def start(_cores: int) -> None:
@@ -38,8 +34,10 @@ def start(_cores: int) -> None:
         raise TargetError("expected a CUDA device to run kernels on, found none")
 
 
-class DeviceOperands:
+class DeviceOperands(KeptOperands):
     """Inputs (packed) and outputs of one workload on the device, and parts of its float64 reference."""
+
+    kept = 4
 
     def __init__(self, trial: Trial) -> None:
         from attntune.templates import load_template
@@ -58,17 +56,6 @@ class DeviceOperands:
         self.fresh = [_upload(_poison(spec.shape, spec.dtype)) for spec in workload.fresh()]
         self.updated = [names.index(name) for name in workload.updated]
         self.tensors = [*self.inputs, *self.fresh]
-
-    @classmethod
-    def of(cls, trial: Trial) -> DeviceOperands:
-        """The operands of ``trial``, kept from an earlier trial where they are the same."""
-        key = (trial.workload.key(), trial.target.key(), trial.template, trial.seed)
-        if key not in _operands:
-            while len(_operands) >= _KEPT_OPERANDS:
-                _operands.popitem(last=False)
-            _operands[key] = cls(trial)
-        _operands.move_to_end(key)
-        return _operands[key]
 
     def poison(self) -> None:
         """Fill the outputs with NaN; what is updated in place starts afresh."""
@@ -126,7 +113,7 @@ def evaluate(trial: Trial, so_path: str, options: MeasureOptions, best_secs: flo
         samples = (estimate, kernel.sample()) if brief else tuple(kernel.sample() for _ in range(options.samples))
         after = operands.compare()
     except Exception as error:  # whatever it is, the device may be lost
-        _operands.clear()
+        DeviceOperands.forget()
         return Evaluation(Status.RUN_ERROR, message=f"{type(error).__name__}: {str(error)[-500:]}", tainted=True)
     return dataclasses.replace(checked, run_secs=samples) if after.status is Status.CORRECT else after
 
@@ -145,7 +132,7 @@ def race(
                 kernel.estimate()
                 running[i] = kernel, []
         except Exception as error:
-            _operands.clear()
+            DeviceOperands.forget()
             failed = Evaluation(Status.RUN_ERROR, message=f"{type(error).__name__}: {str(error)[-500:]}", tainted=True)
             return [failed if j == i else None for j in range(len(trials))]
     for turn in range(rounds):

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -30,12 +30,10 @@ HOPELESS = 3.0
 """A kernel this many times slower than the best known keeps the two calls that showed it as its samples."""
 BEHIND = 1.3
 """One this many times slower is given three samples instead of all."""
-_KEPT_OPERANDS = 32
 _MIN_L3_BYTES = 32 * 1024**2
 #: Weights smaller than this stay in a core's own caches from one layer to the next.
 _SMALL_BYTES = 64 * 1024
 
-_operands: OrderedDict[tuple[str, str, str, int], Operands] = OrderedDict()
 _cpus: tuple[int, ...] = ()
 
 
@@ -61,8 +59,38 @@ def start(cores: int) -> None:
     pin_pool(cores)
 
 
-class Operands:
+class KeptOperands:
+    """Base of what trials of one workload, target, template and seed share; a process keeps the last few."""
+
+    kept: ClassVar[int]
+    """So many."""
+    _made: ClassVar[OrderedDict[tuple[type, str, str, str, int], Any]] = OrderedDict()
+
+    def __init__(self, trial: Trial) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def of(cls, trial: Trial) -> Self:
+        """The operands of ``trial``, kept from an earlier trial where they are the same."""
+        key = (cls, trial.workload.key(), trial.target.key(), trial.template, trial.seed)
+        if key not in cls._made:
+            while len(cls._made) >= cls.kept:
+                cls._made.popitem(last=False)
+            cls._made[key] = cls(trial)
+        cls._made.move_to_end(key)
+        found: Self = cls._made[key]
+        return found
+
+    @classmethod
+    def forget(cls) -> None:
+        """Keep none: a kernel may have damaged them."""
+        cls._made.clear()
+
+
+class Operands(KeptOperands):
     """Inputs (packed), outputs and float64 reference of one workload, template and seed."""
+
+    kept = 32
 
     def __init__(self, trial: Trial, *, reference: bool = True) -> None:
         from attntune.templates import load_template
@@ -105,17 +133,6 @@ class Operands:
         """A call of ``function`` on the next copy of the weights each time."""
         calls = itertools.cycle([partial(function, *tensors) for tensors in self.rotation])
         return lambda: next(calls)()
-
-    @classmethod
-    def of(cls, trial: Trial) -> Operands:
-        """The operands of ``trial``, kept from an earlier trial where they are the same."""
-        key = (trial.workload.key(), trial.target.key(), trial.template, trial.seed)
-        if key not in _operands:
-            while len(_operands) >= _KEPT_OPERANDS:
-                _operands.popitem(last=False)
-            _operands[key] = cls(trial)
-        _operands.move_to_end(key)
-        return _operands[key]
 
     def poison(self) -> None:
         """Fill the outputs with NaN, so that one left unwritten shows; what is updated in place starts afresh."""
@@ -252,7 +269,7 @@ def _verify(trial: Trial, operands: Operands) -> Evaluation:
     if misdeed or problem:
         message = "; ".join(filter(None, (misdeed, problem)))
         if misdeed:
-            _operands.clear()
+            Operands.forget()
         return Evaluation(Status.WRONG_RESULT, (), absolute, relative, message, bool(misdeed))
     return Evaluation(Status.CORRECT, (), absolute, relative)
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import oracles
 from hypothesis import strategies as st
 
 from attntune.ops import (
@@ -55,300 +55,12 @@ class Row:
     """Fields that contradict themselves when put into the first workload."""
 
 
-def _linear(w: Linear, x, weight, *rest):
-    from torch.nn import functional as F
-
-    rest = list(rest)
-    lengths = rest.pop() if w.seq else None
-    if w.quantized:
-        import torch
-
-        weight = weight * rest.pop(0)[:, None]
-        # One scale for every 64 values of a row of x, in float32 as the definition has it.
-        exact = []
-        for group in x.float().split(64, dim=1):
-            top = group.abs().amax(1, keepdim=True)
-            whole = torch.round(group * (torch.full_like(top, 127) / top)).double()
-            exact.append(whole * (top * torch.tensor(1 / 127)).double())
-        x = torch.cat(exact, dim=1)
-    y = F.linear(x, weight, rest.pop(0) if w.bias else None)
-    activation = {
-        "": lambda v: v,
-        "relu": F.relu,
-        "gelu": F.gelu,
-        "silu": F.silu,
-        "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
-    }[w.activation]
-    if w.gated:
-        gate, up = y.chunk(2, dim=-1)
-        y = activation(gate) * up
-    else:
-        y = activation(y)
-    y = y + rest.pop(0) if w.residual else y
-    return y if lengths is None else _ended(y, w.seq, lengths)
-
-
-def _ended(rows, seq, lengths):
-    """Zeros in rows of (batch·seq, features) past each sequence's end."""
-    for b, length in enumerate(lengths.tolist()):
-        rows[b * seq + length : (b + 1) * seq] = 0
-    return rows
-
-
-def halve_far_scores(score, b, h, i, j):
-    """A ``score_mod``: arithmetic alone, so that it serves tensor expressions and NumPy."""
-    return score * (1.0 - 0.5 * ((i - j) % 2)) + 0.25 * h - 0.125 * b
-
-
-def _attention(w: Attention, *operands):
-    """One (batch, head, query) at a time, so that no shape, mask or offset is shared with the reference."""
-    import torch
-    from torch.nn import functional as F
-
-    given = dict(zip((spec.name for spec in w.inputs()), operands, strict=True))
-    if w.packed:
-        widths = [w.heads * w.head_dim, w.kv_heads * w.head_dim, w.kv_heads * w.head_dim]
-        query, key, value = given["qkv"].split(widths, dim=-1)
-    else:
-        query, key, value = given["query"], given["key"], given["value"]
-    if w.ragged:
-        ends = given["offsets"].tolist()
-        sequences = [range(a, b) for a, b in pairwise(ends)]
-        query, key, value = (
-            [
-                x[s.start : s.stop].reshape(len(s), x.shape[1] // w.head_dim, w.head_dim).transpose(0, 1)
-                for s in sequences
-            ]
-            for x in (query, key, value)
-        )
-    elif w.layout == "bshd":
-        query, key, value = (
-            x.reshape(w.batch, x.shape[1], -1, w.head_dim).transpose(1, 2) for x in (query, key, value)
-        )
-    out = torch.zeros(w.outputs()[0].shape, dtype=torch.float64)
-    weights = torch.zeros(w.batch, w.heads, w.q_len, w.kv_len, dtype=torch.float64)
-    for b in range(w.batch):
-        length = int(given["lengths"][b]) if w.lengths else key[b].shape[1]
-        queries = min(query[b].shape[1], length) if w.lengths == "qkv" else query[b].shape[1]
-        for h in range(w.heads):
-            q, k, v = query[b][h], key[b][h // (w.heads // w.kv_heads)], value[b][h // (w.heads // w.kv_heads)]
-            for i in range(queries):
-                at = i + w.causal_offset + (length - w.q_len if w.lengths == "kv" else 0)
-                last = min(at + 1, length) if w.causal else length
-                seen = range(max(0, at + 1 - w.window) if w.window else 0, last)
-                seen = [j for j in seen if not w.mask or given["mask"][b, j] != 0]
-                if not seen:
-                    continue
-                j = torch.tensor(seen)
-                score = k[j] @ q[i] * (w.head_dim**-0.5 if w.scale is None else w.scale)
-                if w.softcap:
-                    score = w.softcap * torch.tanh(score / w.softcap)
-                if w.bias_heads:
-                    bias = given["bias"]
-                    score = score + bias[b % bias.shape[0], h % bias.shape[1], i % bias.shape[2]][j]
-                if w.alibi:
-                    score = score + given["slopes"][h] * (j - at)
-                if w.score_mod:
-                    score = halve_far_scores(score, b, h, i, j)
-                share = F.softmax(score, dim=0).nan_to_num(0.0)
-                weights[b, h, i, j] = share
-                columns = slice(h * w.head_dim, (h + 1) * w.head_dim)
-                if w.layout == "bhsd":
-                    out[b, h, i] = share @ v[j]
-                elif w.ragged:
-                    out[sequences[b].start + i, columns] = share @ v[j]
-                else:
-                    out[b, i, columns] = share @ v[j]
-    return (out, weights) if w.weights else out
-
-
-def _layer_norm(w: LayerNorm, x, *rest):
-    from torch.nn import functional as F
-
-    *rest, lengths = rest if w.seq else (*rest, None)
-    *residual, weight, bias = rest
-    y = F.layer_norm(x + residual[0] if residual else x, (w.features,), weight, bias, w.eps)
-    return y if lengths is None else _ended(y, w.seq, lengths)
-
-
-def _embedding_norm(w: EmbeddingNorm, ids, type_ids, word, position, type_, weight, bias):
-    from torch.nn import functional as F
-
-    row = F.embedding(ids, word) + position[: w.seq] + F.embedding(type_ids, type_)
-    return F.layer_norm(row, (w.features,), weight, bias, w.eps)
-
-
-def _mean_pool(w: MeanPool, x, mask):
-    from torch.nn import functional as F
-
-    chosen = (mask != 0)[:, :, None]
-    mean = x.masked_fill(~chosen, 0.0).sum(1) / chosen.sum(1).clamp(min=w.eps)
-    return F.normalize(mean) if w.normalize else mean
-
-
-def _softmax(w: Softmax, x):
-    from torch.nn import functional as F
-
-    return F.softmax(x, dim=-1)
-
-
-def _rms_norm(w: RMSNorm, x, *rest):
-    from torch.nn import functional as F
-
-    *residual, weight = rest
-    return F.rms_norm(x + residual[0] if residual else x, (w.features,), weight, w.eps)
-
-
-def _embedding(w: Embedding, ids, table, *rest):
-    from torch.nn import functional as F
-
-    rest = list(rest)
-    y = F.embedding(ids, table) * w.scale
-    if w.positions:
-        position = rest.pop(0)
-        for b in range(w.batch):
-            first = int(rest[0][b]) - w.seq if w.lengths else 0
-            for i in range(w.seq):
-                y[b, i] += position[min(max(first + i + w.position_offset, 0), w.positions - 1)]
-    return y
-
-
-def _patchify(w: Patchify, x):
-    from torch.nn import functional as F
-
-    return F.unfold(x, w.patch, stride=w.patch).transpose(1, 2)
-
-
-def _unfold(w: Unfold, x):
-    from torch.nn import functional as F
-
-    x = x if w.layout == "bcl" else x.transpose(1, 2)
-    windows = F.unfold(x[:, :, None, :], (1, w.kernel), stride=(1, w.stride), padding=(0, w.padding))
-    return windows.reshape(w.batch, w.channels, w.kernel, w.steps).permute(0, 3, 2, 1).flatten(2)
-
-
-def _add_positions(w: AddPositions, x, position):
-    return x + position[: w.seq].expand_as(x)
-
-
-def _prepend_token(w: PrependToken, x, token, position):
-    import torch
-
-    return torch.stack([torch.cat([token[None], rows]) + position for rows in x])
-
-
-def _select_rows(w: SelectRows, x, *index):
-    import torch
-
-    if w.row >= 0:
-        return x[:, w.row]
-    (index,) = index
-    return torch.stack([x[b, min(max(int(index[b]), 0), w.seq - 1)] for b in range(w.batch)])
-
-
-def _turn(head, cos, sin, style):
-    """One head as complex numbers, turned by multiplication."""
-    import torch
-
-    half = len(head) // 2
-    a, b = (head[:half], head[half:]) if style == "half" else (head[0::2], head[1::2])
-    turned = torch.complex(a, b) * torch.complex(cos.double(), sin.double())
-    if style == "half":
-        return torch.cat([turned.real, turned.imag])
-    return torch.stack([turned.real, turned.imag], dim=1).flatten()
-
-
-def _rope(w: Rope, qkv, cos, sin):
-    y = qkv.clone()
-    for b in range(w.batch):
-        for s in range(w.seq):
-            for h in range(w.heads + w.kv_heads):
-                at = slice(h * w.head_dim, (h + 1) * w.head_dim)
-                y[b, s, at] = _turn(qkv[b, s, at], cos[s], sin[s], w.style)
-    return y
-
-
-def _kv_append(w: KVAppend, qkv, lengths, key_cache, value_cache, *angles):
-    import torch
-
-    query, keys, values = [], key_cache.clone(), value_cache.clone()
-    for b in range(w.batch):
-        for i in range(w.q_len):
-            at = int(lengths[b]) - w.q_len + i
-            heads = list(qkv[b, i].reshape(-1, w.head_dim))
-            if w.style:
-                angle = min(max(at, 0), w.positions - 1)
-                turned = heads[: w.heads + w.kv_heads]
-                heads[: len(turned)] = [_turn(head, angles[0][angle], angles[1][angle], w.style) for head in turned]
-            query.append(torch.cat(heads[: w.heads]))
-            if 0 <= at < w.context:
-                keys[b, at] = torch.cat(heads[w.heads : w.heads + w.kv_heads])
-                values[b, at] = torch.cat(heads[w.heads + w.kv_heads :])
-    return torch.stack(query).reshape(w.batch, w.q_len, -1), keys, values
-
-
-def _argmax(w: ArgMax, x):
-    import torch
-
-    return torch.stack([(row == row.max()).nonzero()[0, 0] for row in x])
-
-
-def _top_k(w: TopK, x):
-    values, indices = x.sort(dim=-1, descending=True, stable=True)
-    return values[:, : w.k], indices[:, : w.k]
-
-
-def _recurrent(w, *operands):
-    """One sequence at a time through torch's own layer, its input weights an identity."""
-    import torch
-
-    given = dict(zip((spec.name for spec in w.inputs()), operands, strict=True))
-    wide = w.gates * w.hidden
-    layer = {"gru_sequence": torch.nn.GRU, "lstm_sequence": torch.nn.LSTM}[w.op](wide, w.hidden, batch_first=True)
-    layer = layer.double()
-    outputs = torch.zeros(w.batch, w.seq, w.hidden, dtype=torch.float64)
-    zero = torch.zeros(w.batch, w.hidden, dtype=torch.float64)
-    states = [given.get(f"initial_{name}", zero).clone() for name in w.states]
-    with torch.no_grad():
-        layer.weight_ih_l0.copy_(torch.eye(wide))
-        layer.bias_ih_l0.zero_()
-        layer.weight_hh_l0.copy_(given["recurrent_weight"])
-        layer.bias_hh_l0.copy_(given["recurrent_bias"] if w.bias else torch.zeros(wide))
-        for b in range(w.batch):
-            length = int(given["lengths"][b]) if w.lengths else w.seq
-            if length == 0:
-                continue
-            x = given["projected"][b : b + 1, :length]
-            start = tuple(state[None, b : b + 1].clone() for state in states)
-            y, last = layer(x.flip(1) if w.reverse else x, start if len(start) > 1 else start[0])
-            outputs[b, :length] = (y.flip(1) if w.reverse else y)[0]
-            for state, value in zip(states, last if len(states) > 1 else (last,), strict=True):
-                state[b] = value[0, 0]
-    return (outputs, *states)
-
-
-def _additive_attention(w: AdditiveAttention, *operands):
-    """One query at a time, over the keys it sees."""
-    import torch
-
-    given = dict(zip((spec.name for spec in w.inputs()), operands, strict=True))
-    context, weights = (torch.zeros(spec.shape, dtype=torch.float64) for spec in w.outputs())
-    for b in range(w.batch):
-        seen = [
-            j
-            for j in range(int(given["lengths"][b]) if w.lengths else w.kv_len)
-            if not w.mask or given["mask"][b, j] != 0
-        ]
-        for i in range(w.q_len):
-            energy = torch.tanh(given["query"][b, i] + given["key"][b, seen])
-            share = torch.softmax((energy * given["scale"] if w.scale else energy).sum(-1), dim=0)
-            weights[b, i, seen] = share
-            context[b, i] = share @ given["value"][b, seen]
-    return context, weights
-
-
 _SIZES = st.one_of(st.integers(1, 40), st.sampled_from([47, 61, 64, 96, 100, 127, 128, 131]))
 _FEW = st.integers(1, 9)
+_RECURRENT = {
+    "batch": _FEW, "seq": _FEW, "hidden": st.integers(1, 70), "reverse": st.booleans(), "lengths": st.booleans(),
+    "initial": st.booleans(), "bias": st.booleans(),
+}  # fmt: skip
 
 ROWS: dict[str, Row] = {
     "linear": Row(
@@ -376,7 +88,7 @@ ROWS: dict[str, Row] = {
             Linear(39, 32, 48, residual=True, dtype="bfloat16", seq=13),
             Linear(24, 40, 33, activation="gelu", dtype="bfloat16", weight_dtype="int8", seq=8),
         ),
-        oracle=_linear,
+        oracle=oracles.linear,
         call=(
             {"bias": True, "activation": "gelu", "residual": True},
             ((2, 3, 17), (33, 17), (33,), (2, 3, 33)),
@@ -410,11 +122,11 @@ ROWS: dict[str, Row] = {
             Attention(3, 2, 67, 67, 16, packed=True, lengths="qkv", causal=True),
             Attention(3, 4, 1, 150, 64, kv_heads=2, lengths="kv"),
             Attention(2, 6, 3, 131, 40, kv_heads=2, layout="bhsd", lengths="kv", causal=True, alibi=True, window=70),
-            Attention(2, 2, 7, 33, 8, score_mod="operators:halve_far_scores", causal=True),
+            Attention(2, 2, 7, 33, 8, score_mod="oracles:halve_far_scores", causal=True),
             Attention(4, 2, 131, 131, 16, packed=True, ragged=True),
-            Attention(2, 2, 15, 15, 8, ragged=True, causal=True, window=9, score_mod="operators:halve_far_scores"),
+            Attention(2, 2, 15, 15, 8, ragged=True, causal=True, window=9, score_mod="oracles:halve_far_scores"),
         ),
-        oracle=_attention,
+        oracle=oracles.attention,
         call=(
             {
                 "heads": 4,
@@ -468,7 +180,7 @@ ROWS: dict[str, Row] = {
             LayerNorm(51, 48, residual=True, seq=17),
             LayerNorm(20, 37, seq=10),
         ),
-        oracle=_layer_norm,
+        oracle=oracles.layer_norm,
         call=(
             {"eps": 1e-12, "residual": True},
             ((2, 3, 17), (2, 3, 17), (17,), (17,)),
@@ -486,7 +198,7 @@ ROWS: dict[str, Row] = {
             Softmax(7, 1021),
             Softmax(2, 2),
         ),
-        oracle=_softmax,
+        oracle=oracles.softmax,
         call=({}, ((2, 3, 4, 17),), Softmax(24, 17)),
         drawn=st.builds(Softmax, rows=_SIZES, features=_SIZES),
         wrong=({"features": 0}, {"dtype": "float8"}),
@@ -498,7 +210,7 @@ ROWS: dict[str, Row] = {
             EmbeddingNorm(3, 5, 101, 5, 1, 64),
             EmbeddingNorm(1, 16, 30, 64, 2, 131, eps=1e-5),
         ),
-        oracle=_embedding_norm,
+        oracle=oracles.embedding_norm,
         call=(
             {"eps": 1e-12},
             ((2, 7), (2, 7), (50, 37), (11, 37), (2, 37), (37,), (37,)),
@@ -524,7 +236,7 @@ ROWS: dict[str, Row] = {
             MeanPool(2, 31, 385),
             MeanPool(5, 8, 15, normalize=False),
         ),
-        oracle=_mean_pool,
+        oracle=oracles.mean_pool,
         call=({"eps": 1e-9, "normalize": False}, ((2, 5, 17), (2, 5)), MeanPool(2, 5, 17, normalize=False)),
         drawn=st.builds(MeanPool, batch=_FEW, seq=_SIZES, features=_SIZES, normalize=st.booleans()),
         wrong=({"seq": True}, {"eps": 0.0}),
@@ -540,7 +252,7 @@ ROWS: dict[str, Row] = {
             RMSNorm(3, 96, dtype="bfloat16"),
             RMSNorm(3, 41, dtype="bfloat16", out_dtype="float32"),
         ),
-        oracle=_rms_norm,
+        oracle=oracles.rms_norm,
         call=(
             {"eps": 1e-5, "residual": True},
             ((2, 3, 17), (2, 3, 17), (17,)),
@@ -560,7 +272,7 @@ ROWS: dict[str, Row] = {
             Embedding(2, 5, 19, 43, positions=7, dtype="bfloat16"),
             Embedding(2, 5, 19, 32, dtype="bfloat16", out_dtype="float32"),
         ),
-        oracle=_embedding,
+        oracle=oracles.embedding,
         call=(
             {"scale": 2.0, "position": True, "lengths": True, "position_offset": 2},
             ((2, 7), (50, 37), (21, 37), (2,)),
@@ -582,7 +294,7 @@ ROWS: dict[str, Row] = {
             SelectRows(3, 7, 37, row=0),
             SelectRows(2, 5, 33, row=4, dtype="bfloat16"),
         ),
-        oracle=_select_rows,
+        oracle=oracles.select_rows,
         call=({}, ((2, 5, 17), (2,)), SelectRows(2, 5, 17)),
         drawn=st.builds(SelectRows, batch=_FEW, seq=_SIZES, features=_SIZES),
         wrong=({"seq": 0}, {"dtype": "int8"}, {"row": 7}),
@@ -596,7 +308,7 @@ ROWS: dict[str, Row] = {
             Patchify(2, 2, 14, 21, 7, out_dtype="bfloat16"),
             Patchify(1, 3, 8, 8, 8, dtype="bfloat16"),
         ),
-        oracle=_patchify,
+        oracle=oracles.patchify,
         call=({"patch": 4}, ((2, 3, 12, 20),), Patchify(2, 3, 12, 20, 4)),
         drawn=st.builds(
             lambda down, across, patch, **kw: Patchify(height=down * patch, width=across * patch, patch=patch, **kw),
@@ -616,7 +328,7 @@ ROWS: dict[str, Row] = {
             Unfold(1, 9, 64, 5, 3, 2, dtype="bfloat16"),
             Unfold(1, 11, 33, 3, 1, 1, layout="bcl", out_dtype="bfloat16"),
         ),
-        oracle=_unfold,
+        oracle=oracles.unfold,
         call=(
             {"kernel": 3, "stride": 2, "padding": 1, "layout": "bcl"},
             ((2, 20, 31),),
@@ -641,7 +353,7 @@ ROWS: dict[str, Row] = {
             AddPositions(3, 5, 64, positions=9),
             AddPositions(1, 6, 33, dtype="bfloat16", out_dtype="float32"),
         ),
-        oracle=_add_positions,
+        oracle=oracles.add_positions,
         call=({}, ((2, 7, 37), (9, 37)), AddPositions(2, 7, 37, positions=9)),
         drawn=st.builds(AddPositions, batch=st.integers(1, 3), seq=st.integers(1, 20), features=st.integers(1, 70)),
         wrong=({"positions": 3}, {"features": 0}, {"dtype": "int8"}),
@@ -654,7 +366,7 @@ ROWS: dict[str, Row] = {
             PrependToken(2, 5, 33, dtype="bfloat16"),
             PrependToken(1, 5, 64, dtype="bfloat16", out_dtype="float32"),
         ),
-        oracle=_prepend_token,
+        oracle=oracles.prepend_token,
         call=({}, ((2, 7, 37), (37,), (8, 37)), PrependToken(2, 7, 37)),
         drawn=st.builds(PrependToken, batch=_FEW, seq=st.integers(1, 30), features=_SIZES),
         wrong=({"seq": 0}, {"dtype": "int8"}),
@@ -670,7 +382,7 @@ ROWS: dict[str, Row] = {
             Rope(2, 5, 3, 1, 64, 5, dtype="bfloat16"),
             Rope(2, 5, 2, 1, 40, 5, style="interleaved", dtype="bfloat16"),
         ),
-        oracle=_rope,
+        oracle=oracles.rope,
         call=(
             {"heads": 4, "kv_heads": 2, "head_dim": 16, "style": "half"},
             ((2, 7, 128), (9, 8), (9, 8)),
@@ -698,7 +410,7 @@ ROWS: dict[str, Row] = {
             KVAppend(2, 4, 33, 3, 1, 64, style="half", positions=64, dtype="bfloat16"),
             KVAppend(2, 1, 8, 2, 2, 24, dtype="bfloat16"),
         ),
-        oracle=_kv_append,
+        oracle=oracles.kv_append,
         call=(
             {"heads": 4, "kv_heads": 2, "head_dim": 16, "style": "half"},
             ((2, 3, 128), (2,), (2, 17, 32), (2, 17, 32), (32, 8), (32, 8)),
@@ -725,7 +437,7 @@ ROWS: dict[str, Row] = {
             ArgMax(2, 128),
             ArgMax(3, 61, dtype="bfloat16"),
         ),
-        oracle=_argmax,
+        oracle=oracles.argmax,
         call=({}, ((2, 3, 17),), ArgMax(6, 17)),
         drawn=st.builds(ArgMax, rows=_SIZES, features=_SIZES),
         wrong=({"rows": 0}, {"dtype": "int8"}),
@@ -738,7 +450,7 @@ ROWS: dict[str, Row] = {
             TopK(2, 128, 128),
             TopK(3, 61, 7, dtype="bfloat16"),
         ),
-        oracle=_top_k,
+        oracle=oracles.top_k,
         call=({"k": 4}, ((2, 3, 17),), TopK(6, 17, 4)),
         drawn=st.builds(TopK, rows=_FEW, features=st.integers(9, 150), k=_FEW),
         wrong=({"k": 38}, {"k": 0}, {"dtype": "int8"}),
@@ -751,22 +463,13 @@ ROWS: dict[str, Row] = {
             GRUSequence(5, 4, 33, reverse=True, lengths=True, bias=False),
             GRUSequence(2, 3, 48, reverse=True),
         ),
-        oracle=_recurrent,
+        oracle=oracles.recurrent,
         call=(
             {"reverse": True, "lengths": True, "initial": True, "bias": True},
             ((2, 5, 51), (51, 17), (51,), (2, 17), (2,)),
             GRUSequence(2, 5, 17, reverse=True, lengths=True, initial=True),
         ),
-        drawn=st.builds(
-            GRUSequence,
-            batch=_FEW,
-            seq=_FEW,
-            hidden=st.integers(1, 70),
-            reverse=st.booleans(),
-            lengths=st.booleans(),
-            initial=st.booleans(),
-            bias=st.booleans(),
-        ),
+        drawn=st.builds(GRUSequence, **_RECURRENT),
         wrong=({"seq": 0}, {"hidden": -1}, {"dtype": "int8"}),
     ),
     "lstm_sequence": Row(
@@ -776,22 +479,13 @@ ROWS: dict[str, Row] = {
             LSTMSequence(4, 6, 32, reverse=True, lengths=True, bias=False),
             LSTMSequence(2, 3, 50, initial=True, reverse=True),
         ),
-        oracle=_recurrent,
+        oracle=oracles.recurrent,
         call=(
             {"initial": True, "bias": True},
             ((2, 68), (68, 17), (68,), (2, 17), (2, 17)),
             LSTMSequence(2, 1, 17, initial=True),
         ),
-        drawn=st.builds(
-            LSTMSequence,
-            batch=_FEW,
-            seq=_FEW,
-            hidden=st.integers(1, 70),
-            reverse=st.booleans(),
-            lengths=st.booleans(),
-            initial=st.booleans(),
-            bias=st.booleans(),
-        ),
+        drawn=st.builds(LSTMSequence, **_RECURRENT),
         wrong=({"batch": 0}, {"hidden": 1.5}, {"dtype": "float8"}),
     ),
     "additive_attention": Row(
@@ -802,7 +496,7 @@ ROWS: dict[str, Row] = {
             AdditiveAttention(4, 1, 40, 47, 100, mask=True, lengths=True),
             AdditiveAttention(2, 5, 6, 16, 150, scale=False, mask=True),
         ),
-        oracle=_additive_attention,
+        oracle=oracles.additive_attention,
         call=(
             {"scale": True, "lengths": True},
             ((2, 17), (2, 5, 17), (2, 5, 9), (17,), (2,)),

@@ -140,7 +140,7 @@ ATTENTIONS = (
     Attention(2, 2, 17, 45, 96, dtype="bfloat16", layout="bhsd", softcap=3.0, bias_batch=2, bias_heads=1),
     Attention(2, 2, 5, 90, 32, kv_heads=1, dtype="float16", lengths="kv", causal=True),
     Attention(2, 2, 40, 40, 32, packed=True, dtype="bfloat16", lengths="qkv"),
-    Attention(2, 2, 7, 33, 16, dtype="float16", score_mod="operators:halve_far_scores", causal=True),
+    Attention(2, 2, 7, 33, 16, dtype="float16", score_mod="oracles:halve_far_scores", causal=True),
     Attention(1, 2, 9, 4, 16, causal=True, causal_offset=-3, dtype="bfloat16"),
 )
 

@@ -15,6 +15,7 @@ from attntune.compiler import compile
 from attntune.errors import ModelError
 from attntune.models import from_pretrained
 from attntune.models.precision import supported
+from attntune.runtime.perplexity import perplexity
 from attntune.runtime.tuned_model import TunedModel
 from attntune.target import native
 
@@ -212,9 +213,12 @@ def test_smollm2s_perplexity_at_lower_precisions(smollm2, precision, bound):
     tokenizer = Tokenizer.from_file(str(model.directory / "tokenizer.json"))
     text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
     ids = np.array([tokenizer.encode(" ".join(text.split())).ids[:512]])
-    perplexity = {}
+    found = {}
     for name in ("float32", precision):
         tuned = TunedModel(compile(model, shapes=[{"batch": 1, "seq": 512}], entries=["forward"], precision=name))
-        logits = torch.from_numpy(tuned(input_ids=ids))[0, :-1]
-        perplexity[name] = float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids)[0, 1:]).exp())
-    assert perplexity[precision] == pytest.approx(perplexity["float32"], rel=bound)
+        found[name] = perplexity(tuned, ids[0])
+    logits = torch.from_numpy(tuned(input_ids=ids))[0, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.double(), torch.from_numpy(ids)[0, 1:])
+    assert found[precision].value == pytest.approx(float(loss.exp()), rel=1e-6)
+    assert found[precision].tokens == 511
+    assert found[precision].value == pytest.approx(found["float32"].value, rel=bound)

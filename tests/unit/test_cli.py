@@ -15,7 +15,7 @@ from attntune.cli.common import Reply, command, parse_shapes, seconds_text, tabl
 from attntune.cli.tune import resume_command, subject_of
 from attntune.errors import InputError
 
-VERBS = ("target", "tune", "compile", "run", "compare", "report", "export", "records", "doctor")
+VERBS = ("target", "tune", "compile", "run", "perplexity", "compare", "report", "export", "records", "doctor")
 HEAVY = {
     "tvm", "tvm_ffi", "torch", "numpy", "onnx", "onnxruntime", "lightgbm", "matplotlib", "tokenizers", "safetensors",
     "rich.progress", "rich.live", "rich.table",

@@ -464,6 +464,17 @@ class TestWhatIsTuned:
     def test_a_model_without_shapes(self, database):
         assert {r.workload.m for r in tune(ToyModel(), database, trials=2).results} == {128}
 
+    def test_a_model_that_names_its_shapes(self, database):
+        model = ToyModel()
+        model.shapes = ({"batch": 3, "seq": 8}, {"batch": 1, "seq": 5})
+        assert {r.workload.m for r in tune(model, database, trials=2).results} == {24, 5}
+        shapes = [{"batch": 2, "seq": 2}]
+        assert {r.workload.m for r in tune(model, database, trials=2, shapes=shapes).results} == {4}
+
+    def test_chosen_entries(self, database):
+        summary = tune(ToyModel(), database, entries=["forward"], trials=2)
+        assert {r.workload.n: r.calls for r in summary.results} == {384: 4, 1536: 1}
+
     def test_a_list_counts_repeated_workloads(self, database):
         summary = tune([TOY, Toy(m=128), TOY], database, trials=4)
         assert [(r.workload, r.calls) for r in summary.results] == [(TOY, 2), (Toy(m=128), 1)]
@@ -475,7 +486,9 @@ class TestWhatIsTuned:
             ("linear", {}, "expected a model, a Workload, or a list or dict of them; got str"),
             ([3], {}, "got int"),
             ({TOY: 0}, {}, "expected a positive number of calls"),
-            (TOY, {"shapes": [{"batch": 1}]}, "expected shapes only with a model"),
+            (TOY, {"shapes": [{"batch": 1}]}, "expected shapes and entries only with a model"),
+            (TOY, {"entries": ["forward"]}, "expected shapes and entries only with a model"),
+            (ToyModel(), {"entries": ["embed", "attend"]}, r"unknown entries \['attend'\]; expected some of"),
             (ToyModel(), {"shapes": []}, "at least one shape"),
         ],
     )

@@ -12,7 +12,7 @@ from attntune.search.space import Config
 from attntune.target import Target
 from attntune.templates.cpu import bf16
 from attntune.templates.cpu.arithmetic import INT8_OFFSET, Arithmetic
-from attntune.templates.cpu.vectors import Vectors
+from attntune.templates.cpu.vectors import Vectors, chained
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,6 @@ class LinearKernel:
         The sums of row ``a`` begin with ``start(a)``; ``chains`` copies hide the latency of an addition.
         """
         from tvm import tirx
-        from tvm.tirx.script.builder import ir as T
 
         chains, rows, wide, _ = (int(extent) for extent in acc.shape)
         x, weight, kind = self.operand["x"], self.operand["weight"], acc.dtype
@@ -306,21 +305,15 @@ class LinearKernel:
             for a, v in each:
                 self.v.store(acc, [c, a, v, 0], zero if c else start(a))
 
-        def step(k: Any, c: int) -> None:
+        def step(n: Any, c: int) -> None:
+            k = first + n
             loaded = [weight.vload([self._part(panels, v), k, 0], dtype=f"{self.arithmetic.word}x{self.lanes}")
                       for v in range(wide)]  # fmt: skip
             for a, v in each:
                 spread = self.v.broadcast(x[row + a, k])
                 self.v.store(acc, [c, a, v, 0], self.arithmetic.multiply_add(held(c, a, v), spread, loaded[v]))
 
-        unroll = self.unroll * chains
-        whole, left = divmod(steps, unroll)
-        if whole:
-            with T.serial(whole) as k:
-                for u in range(unroll):
-                    step(first + k * unroll + u, u % chains)
-        for u in range(left):
-            step(first + whole * unroll + u, u % chains)
+        chained(steps, self.unroll, chains, step)
         for c in range(1, chains):
             for a, v in each:
                 self.v.store(acc, [0, a, v, 0], held(0, a, v) + held(c, a, v))

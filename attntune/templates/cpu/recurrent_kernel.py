@@ -9,7 +9,7 @@ from attntune.ops.recurrent import Recurrent
 from attntune.ops.recurrent_expression import along, assign, constant, ending, row_of, updated
 from attntune.search.space import Config
 from attntune.target import Target
-from attntune.templates.cpu.vectors import Vectors
+from attntune.templates.cpu.vectors import Vectors, chained
 
 
 class RecurrentKernel:
@@ -117,14 +117,7 @@ class RecurrentKernel:
                 spread = self.v.broadcast(state[now, a, k])
                 self.v.store(acc, [c, a, v, 0], held(c, a, v) + spread * columns[v])
 
-        unroll = self.unroll * chains
-        whole, left = divmod(w.hidden, unroll)
-        if whole:
-            with T.serial(whole) as k:
-                for u in range(unroll):
-                    step(k * unroll + u, u % chains)
-        for u in range(left):
-            step(whole * unroll + u, u % chains)
+        chained(w.hidden, self.unroll, chains, step)
         for a, v in each:
             total = held(0, a, v)
             for c in range(1, chains):

@@ -97,3 +97,20 @@ class Vectors:
             value = combine(value, self.shuffle(value, value, [k ^ step for k in range(self.lanes)]))
             step *= 2
         return T.bind(value)
+
+
+def chained(steps: int, unroll: int, chains: int, step: Callable[[Any, int], None]) -> None:
+    """``step(k, c)`` for every k below ``steps``, ``unroll`` · ``chains`` at a time written out.
+
+    ``c`` counts 0 … chains - 1 again and again: sums that are kept by c do not wait for each other's additions.
+    """
+    from tvm.tirx.script.builder import ir as T
+
+    together = unroll * chains
+    whole, left = divmod(steps, together)
+    if whole:
+        with T.serial(whole) as k:
+            for u in range(together):
+                step(k * together + u, u % chains)
+    for u in range(left):
+        step(whole * together + u, u % chains)

@@ -10,6 +10,7 @@ from attntune.ops.attention import FLOOR, MASKED, Attention
 from attntune.ops.attention_expression import conditions, modified, position
 from attntune.search.space import Config
 from attntune.templates.cuda.intrinsics import call
+from attntune.templates.cuda.launch import kernel
 from attntune.templates.cuda.tiles import CHUNK, swizzled
 
 _WARP = 32
@@ -43,32 +44,21 @@ class AttentionKernel:
 
     def function(self) -> Any:
         """The ``PrimFunc``."""
-        from tvm.script.ir_builder import IRBuilder
         from tvm.tirx.script.builder import ir as T
 
         w = self.w
-        with IRBuilder() as builder, T.prim_func(s_tir=True):
-            T.func_name("main")
-            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-            self.operand = {
-                spec.name: T.arg(spec.name, T.buffer(spec.shape, spec.dtype)) for spec in (*w.inputs(), *w.outputs())
-            }
-            with (
-                T.sblock("root"),
-                T.launch_thread("blockIdx.y", w.batch * w.heads) as sequence,
-                T.launch_thread("blockIdx.x", self.q_blocks) as block,
-                T.launch_thread("threadIdx.x", self.threads) as thread,
-                T.sblock("kernel"),
-            ):
-                T.reads()
-                T.writes()
-                self._allocate()
-                self.b, self.h = T.bind(sequence // w.heads), T.bind(sequence % w.heads)
-                self.thread, self.lane, self.warp = thread, T.bind(thread % _WARP), T.bind(thread // _WARP)
-                # Under a causal mask the last queries see most keys: they start first.
-                self.first_query = T.bind(((self.q_blocks - 1 - block) if w.causal else block) * self.bq)
-                self._block()
-        return builder.get()
+
+        def body(operand: dict[str, Any], blocks: list[Any], thread: Any) -> None:
+            block, sequence = blocks
+            self.operand = operand
+            self._allocate()
+            self.b, self.h = T.bind(sequence // w.heads), T.bind(sequence % w.heads)
+            self.thread, self.lane, self.warp = thread, T.bind(thread % _WARP), T.bind(thread // _WARP)
+            # Under a causal mask the last queries see most keys: they start first.
+            self.first_query = T.bind(((self.q_blocks - 1 - block) if w.causal else block) * self.bq)
+            self._block()
+
+        return kernel(w, [self.q_blocks, w.batch * w.heads], self.threads, body)
 
     def _allocate(self) -> None:
         from tvm.tirx.script.builder import ir as T

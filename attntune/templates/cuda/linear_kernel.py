@@ -8,6 +8,7 @@ from typing import Any
 from attntune.ops.linear import Linear
 from attntune.search.space import Config
 from attntune.templates.cuda.intrinsics import call
+from attntune.templates.cuda.launch import kernel
 from attntune.templates.cuda.tiles import CHUNK, swizzled
 
 _WARP = 32
@@ -32,26 +33,12 @@ class LinearKernel:
 
     def function(self) -> Any:
         """The ``PrimFunc``."""
-        from tvm.script.ir_builder import IRBuilder
-        from tvm.tirx.script.builder import ir as T
 
-        w = self.w
-        with IRBuilder() as builder, T.prim_func(s_tir=True):
-            T.func_name("main")
-            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-            self.operand = {
-                spec.name: T.arg(spec.name, T.buffer(spec.shape, spec.dtype)) for spec in (*w.inputs(), *w.outputs())
-            }
-            with (
-                T.sblock("root"),
-                T.launch_thread("blockIdx.x", self.blocks_m * self.blocks_n) as block,
-                T.launch_thread("threadIdx.x", self.threads) as thread,
-                T.sblock("kernel"),
-            ):
-                T.reads()
-                T.writes()
-                self._block(block, thread)
-        return builder.get()
+        def body(operand: dict[str, Any], blocks: list[Any], thread: Any) -> None:
+            self.operand = operand
+            self._block(blocks[0], thread)
+
+        return kernel(self.w, [self.blocks_m * self.blocks_n], self.threads, body)
 
     def _block(self, block: Any, thread: Any) -> None:
         from tvm import tirx
