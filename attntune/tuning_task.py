@@ -142,7 +142,7 @@ def floor_secs(workload: Workload, target: Target, peaks: Mapping[str, Any]) -> 
 
     Operands that fit into the last cache may never cross memory, so bandwidth only counts for larger ones.
     """
-    flops_per_sec = peaks.get("flops_per_sec", {}).get(getattr(workload, "dtype", "float32"), 0.0)
+    flops_per_sec = peaks.get("flops_per_sec", {}).get(workload.compute_dtype, 0.0)
     compute = workload.flops() / flops_per_sec if flops_per_sec else 0.0
     bandwidth = peaks.get("read_bytes_per_sec", 0.0)
     memory = workload.bytes_moved() / bandwidth if bandwidth and workload.bytes_moved() > target.l3_bytes else 0.0

@@ -32,7 +32,7 @@ from attntune.target import Target
 SCHEMA_VERSION = 1
 OURS = "attntune"
 
-#: Largest error allowed, as a share of the reference's largest value, by the dtype of the operands.
+#: Largest error allowed, as a share of the reference's largest value, by the dtype that is multiplied.
 PARITY = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 4e-3, "int8": 5e-2}
 
 
@@ -112,8 +112,7 @@ class KernelResult:
         if not self.rounds:
             return None
         workload = workload_from_key(self.workload)
-        dtype = str(getattr(workload, "dtype", "float32"))
-        rate = peaks["flops_per_sec"].get(dtype)
+        rate = peaks["flops_per_sec"].get(workload.compute_dtype)
         compute = workload.flops() / rate if rate else 0.0
         memory = workload.bytes_moved() / peaks["read_bytes_per_sec"]
         bound = "compute" if compute >= memory else "memory"
@@ -296,7 +295,7 @@ def _run_case(
             yield from untimed(name, Outcome.FAILED, str(error))
             continue
         error_ = max(_error(outputs[cache], expected) for cache in options.caches)
-        limit = PARITY[str(getattr(workload, "dtype", "float32"))]
+        limit = PARITY[workload.compute_dtype]
         if not error_ <= limit:
             message = f"expected an error of at most {limit:g} of the largest value, got {error_:.3g}"
             yield from untimed(name, Outcome.WRONG_RESULT, message, error_)

@@ -193,6 +193,8 @@ class TorchKernels(KernelEngine):
 
         if w.activation or w.residual:
             raise EngineError(f"expected a linear layer without activation and residual, got {w}")
+        if w.quantized:
+            return self._quantized_linear(w, given)
         torch = self._torch
         linear = torch.nn.functional.linear
         ways: dict[str, list[Call]] = {"F.linear": [partial(linear, *operands) for operands in given]}
@@ -211,6 +213,31 @@ class TorchKernels(KernelEngine):
                 ways["MKL, weights packed"] = [
                     partial(call, o[0], packed[id(o[1])], o[1], o[2] if w.bias else None, w.rows) for o in given
                 ]
+        return ways
+
+    def _quantized_linear(self, w: Linear, given: list[list[Any]]) -> dict[str, list[Call]]:
+        """Dynamic quantisation: the same int8 weights by output feature, x by one scale for the whole tensor."""
+        from functools import partial
+
+        torch = self._torch
+        if w.gated or w.dtype != "float32":
+            raise EngineError(f"expected a plain linear layer with float32 x, got {w}")
+        ways: dict[str, list[Call]] = {}
+        for engine in ("x86", "onednn", "fbgemm"):
+            if engine not in torch.backends.quantized.supported_engines:
+                continue
+            torch.backends.quantized.engine = engine
+            packed = {}
+            for _, weight, scale, *bias in given:
+                if id(weight) not in packed:
+                    zeros = torch.zeros(len(scale), dtype=torch.int64)
+                    values = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
+                    packed[id(weight)] = torch.ops.quantized.linear_prepack(values, bias[0] if bias else None)
+            ways[f"linear_dynamic, {engine}"] = [
+                partial(torch.ops.quantized.linear_dynamic, o[0], packed[id(o[1])]) for o in given
+            ]
+        if not ways:
+            raise EngineError("this build of PyTorch has no engine for quantised weights")
         return ways
 
     def _attention(self, w: Attention, query: Any, key: Any, value: Any) -> Call:

@@ -22,7 +22,7 @@ DTYPES = ("float32", "bfloat16", "int8")
 
 
 def linear(target: Target, dtypes: Sequence[str]) -> Iterator[KernelCase]:
-    """Linear layers with a bias and constant weights: rows × in_features → out_features."""
+    """Linear layers with a bias and constant weights: rows × in_features → out_features; int8 weights on float32 x."""
     for dtype in dtypes:
         for rows in LINEAR_ROWS:
             for out_features, in_features in LINEAR_SIZES:
@@ -71,7 +71,10 @@ KERNEL_SUITES: dict[str, Callable[[Target, Sequence[str]], Iterator[KernelCase]]
 def _linear(dtype: str, rows: int, in_features: int, out_features: int) -> KernelCase:
     return _case(
         dtype, f"{rows}×{in_features}→{out_features}",
-        lambda: Linear(rows, in_features, out_features, dtype=dtype),
+        lambda: Linear(
+            rows, in_features, out_features, dtype="float32" if dtype == "int8" else dtype,
+            weight_dtype="int8" if dtype == "int8" else "",
+        ),
     )  # fmt: skip
 
 

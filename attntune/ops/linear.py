@@ -118,6 +118,11 @@ class Linear(Workload):
         return self.weight_dtype == "int8"
 
     @property
+    def compute_dtype(self) -> str:
+        """See :class:`Workload`."""
+        return "int8" if self.quantized else self.dtype
+
+    @property
     def groups(self) -> int:
         """Scales of a row of quantised x."""
         return math.ceil(self.in_features / INT8_GROUP)

@@ -104,6 +104,11 @@ class Workload(ABC):
     def from_call(cls: type[W], attrs: Mapping[str, Any], args: Sequence[TensorSpec]) -> W:
         """The workload of one call in a model, from its attributes and the concrete shapes of its arguments."""
 
+    @property
+    def compute_dtype(self) -> str:
+        """What is multiplied; the machine's peak in this dtype bounds the workload's speed."""
+        return str(getattr(self, "dtype", "float32"))
+
     def bytes_moved(self) -> int:
         """Bytes read and written when each operand crosses memory once."""
         return sum(spec.bytes for spec in (*self.inputs(), *self.outputs()))

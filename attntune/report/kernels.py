@@ -109,7 +109,7 @@ def _kernel(key: str, target: str, records: Sequence[TuningRecord], calls: int |
         workload=key,
         label=short_label(key) + ("" if records[0].cache == "hot" else f" {records[0].cache}"),
         target=target,
-        dtype=str(getattr(workload, "dtype", "")),
+        dtype=workload.compute_dtype if workload else "",
         flops=workload.flops() if workload else 0,
         bytes_moved=workload.bytes_moved() if workload else 0,
         trials=len({record.config.key() for record in trials}),

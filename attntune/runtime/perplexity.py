@@ -13,6 +13,8 @@ from attntune.errors import InputError
 
 #: Rows of logits in float64 at a time.
 _ROWS = 64
+#: ``exp`` of more is no float.
+_LARGEST = 709.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def perplexity(tuned: Any, tokens: Sequence[int], window: int | None = None) -> 
     predicted = [window for window in windows if len(window) > 1]
     total = sum(_surprise(tuned.run("forward", input_ids=part[None])[0, :-1], part[1:]) for part in predicted)
     count = sum(len(part) - 1 for part in predicted)
-    return Perplexity(math.exp(total / count), count, size)
+    mean = total / count
+    return Perplexity(math.exp(mean) if mean < _LARGEST else math.inf, count, size)
 
 
 def _surprise(logits: np.ndarray, following: np.ndarray) -> float:

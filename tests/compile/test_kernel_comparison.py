@@ -21,6 +21,7 @@ QUICK = KernelOptions(rounds=2, turn_secs=0.001, max_samples=3, pause_secs=0.0)
 def found(tmp_path_factory):
     cases = [
         KernelCase("float32", "3×40→20", Linear(3, 40, 20)),
+        KernelCase("int8 weights", "7×80→40", Linear(7, 80, 40, weight_dtype="int8")),
         KernelCase("float32 causal", "1×9", Attention(1, 4, 9, 9, 16, kv_heads=2, causal=True)),
         KernelCase("float32", "norm", LayerNorm(3, 40)),
         KernelCase("int8", "3×40→20", None, "no such dtype"),
@@ -42,6 +43,10 @@ def test_right_engines_are_timed_and_others_are_named(found):
             assert len(result.rounds) == 2
             assert result.max_rel_error < 1e-5
             assert result.way
+    by_engine = {(r.engine, r.cache): r for r in found.results if r.label == "7×80→40"}
+    assert all(r.outcome is Outcome.OK and 0 < r.max_rel_error < 0.05 for r in by_engine.values())
+    assert by_engine["attntune", "hot"].max_rel_error < 1e-5
+    assert by_engine["pytorch", "hot"].way.startswith("linear_dynamic")
     norm = {r.engine: r for r in found.results if r.label == "norm"}
     assert norm["attntune"].outcome is Outcome.OK
     assert norm["pytorch"].outcome is Outcome.FAILED

@@ -238,7 +238,7 @@ class TestTune:
 
         workload = Softmax(rows=4, features=8)
         assert subject_of([workload.key(), workload.key()], None) == [workload, workload]
-        with pytest.raises(InputError, match="--shapes only with a model"):
+        with pytest.raises(InputError, match="--shapes and --entries only with a model"):
             subject_of([workload.key()], "1x128")
 
 

@@ -56,7 +56,7 @@ def test_likelihoods_too_small_for_a_float_count():
     toy._rows[:] = 0
     toy._rows[:, :, 3] = 2000
     assert perplexity(toy, [3, 3, 3, 3]).value == pytest.approx(1.0)
-    assert np.isinf(perplexity(toy, [3, 2]).value) or perplexity(toy, [3, 2]).value > 1e300
+    assert perplexity(toy, [3, 2]).value == np.inf
 
 
 def test_what_cannot_be_measured_is_said():
