@@ -170,7 +170,7 @@ class KernelCache:
     def _key(self, workload: Workload, template: ScheduleTemplate, choice: Choice) -> str:
         parts = (
             workload.key(), json.dumps(self.target.to_json(), sort_keys=True), template.reference_name(),
-            choice.config.key(), *_versions(), sources_digest(),
+            choice.config.key(), *package_versions(), sources_digest(),
         )  # fmt: skip
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
@@ -199,7 +199,7 @@ class KernelCache:
                 if checked.status is not Status.CORRECT:
                     problems.append(f"{config}: {checked.message}")
                     continue
-                attntune, tvm = _versions()
+                attntune, tvm = package_versions()
                 manifest = {
                     "workload": json.loads(workload.key()), "target": self.target.to_json(),
                     "template": template.reference_name(), "config": config.to_json(), "source": choice.source,
@@ -269,7 +269,7 @@ class KernelCache:
             return native()
         place = self.folder / "host.json"
         fingerprint = [
-            cpu_model(), host_triple(), *host_features(), physical_cores(), len(available_cpus()), *_versions()
+            cpu_model(), host_triple(), *host_features(), physical_cores(), len(available_cpus()), *package_versions(),
         ]  # fmt: skip
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttntuneError):
             known = json.loads(place.read_text())
@@ -287,7 +287,8 @@ class KernelCache:
 
 
 @functools.cache
-def _versions() -> tuple[str, str]:
+def package_versions() -> tuple[str, str]:
+    """Versions of attntune and TVM."""
     from attntune import __version__
 
     return __version__, importlib.metadata.version("apache-tvm")
