@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,14 @@ class KernelCache:
         folder: where compiled kernels are kept; ``kernels`` in the user's cache directory by default.
         target: the machine they are for; by default this one, with all of its physical cores.
         database: where schedules come from; by default those that attntune ships.
+        process: starts the processes that build and check.
     """
 
     def __init__(
-        self, folder: Path | None = None, *, target: Target | None = None, database: Database | None = None
-    ) -> None:
+        self, folder: Path | None = None, *, target: Target | None = None, database: Database | None = None,
+        process: Callable[..., IsolatedProcess] = IsolatedProcess,
+    ) -> None:  # fmt: skip
+        self._process = process
         self._folder = folder
         self._target = target
         self._database = database
@@ -98,6 +102,11 @@ class KernelCache:
         """
         with self._lock:
             return self._library(workload)
+
+    def key(self, workload: Workload) -> str:
+        """What the library of a kernel is found by: it changes with everything that may change the kernel."""
+        template, choice = self._chosen(workload)
+        return self._key(workload, template, choice)
 
     def has_template(self, workload: Workload) -> bool:
         """Whether a template made for this operator schedules it, rather than the generic one."""
@@ -142,10 +151,7 @@ class KernelCache:
         return load_runtime().load_module(str(library)).get_function("main")
 
     def _library(self, workload: Workload) -> tuple[Path, dict[str, Any]]:
-        if self._database is None:
-            self._database = Database()
-        template = template_for(workload, self.target)
-        choice = self._database.lookup(workload, self.target, template)
+        template, choice = self._chosen(workload)
         key = self._key(workload, template, choice)
         manifest = self._manifest(key)
         if manifest is None:
@@ -155,10 +161,16 @@ class KernelCache:
                     manifest = self._build(workload, template, choice, key)
         return self.folder / f"{key}.so", manifest
 
+    def _chosen(self, workload: Workload) -> tuple[ScheduleTemplate, Choice]:
+        if self._database is None:
+            self._database = Database()
+        template = template_for(workload, self.target)
+        return template, self._database.lookup(workload, self.target, template)
+
     def _key(self, workload: Workload, template: ScheduleTemplate, choice: Choice) -> str:
         parts = (
             workload.key(), json.dumps(self.target.to_json(), sort_keys=True), template.reference_name(),
-            choice.config.key(), *_versions(), _sources(),
+            choice.config.key(), *package_versions(), sources_digest(),
         )  # fmt: skip
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
@@ -187,7 +199,7 @@ class KernelCache:
                 if checked.status is not Status.CORRECT:
                     problems.append(f"{config}: {checked.message}")
                     continue
-                attntune, tvm = _versions()
+                attntune, tvm = package_versions()
                 manifest = {
                     "workload": json.loads(workload.key()), "target": self.target.to_json(),
                     "template": template.reference_name(), "config": config.to_json(), "source": choice.source,
@@ -208,9 +220,7 @@ class KernelCache:
             built = builder.call(
                 "attntune.measure.builder:build_trial", trial, str(path), timeout_secs=_BUILD_TIMEOUT_SECS
             )
-            checked = checker.call(
-                "attntune.measure.evaluator:check", trial, str(path), timeout_secs=_CHECK_TIMEOUT_SECS
-            )
+            checked = checker.call(f"{self._evaluator}:check", trial, str(path), timeout_secs=_CHECK_TIMEOUT_SECS)
         finally:
             self._last_build = time.monotonic()
         assert isinstance(built, Built)
@@ -219,15 +229,17 @@ class KernelCache:
             checker.close()
         return built.secs, checked
 
+    @property
+    def _evaluator(self) -> str:
+        return f"attntune.measure.{'cuda_' if self._target and self._target.kind == 'cuda' else ''}evaluator"
+
     # -- the processes that build --------------------------------------------------------------------------------------
 
     def _start_workers(self, cores: int) -> tuple[IsolatedProcess, IsolatedProcess]:
         if self._workers is None:
             self._workers = (
-                IsolatedProcess(threads=1, preload=[("attntune.measure.builder:warm_up",)]),
-                IsolatedProcess(
-                    threads=cores, env=POOL_ENV, preload=[("attntune.measure.evaluator:start", cores)]
-                ),
+                self._process(threads=1, preload=[("attntune.measure.builder:warm_up",)]),
+                self._process(threads=cores, env=POOL_ENV, preload=[(f"{self._evaluator}:start", cores)]),
             )  # fmt: skip
             self._end_workers_later(_IDLE_SECS)
         for worker in self._workers:
@@ -257,7 +269,7 @@ class KernelCache:
             return native()
         place = self.folder / "host.json"
         fingerprint = [
-            cpu_model(), host_triple(), *host_features(), physical_cores(), len(available_cpus()), *_versions()
+            cpu_model(), host_triple(), *host_features(), physical_cores(), len(available_cpus()), *package_versions(),
         ]  # fmt: skip
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttntuneError):
             known = json.loads(place.read_text())
@@ -275,14 +287,15 @@ class KernelCache:
 
 
 @functools.cache
-def _versions() -> tuple[str, str]:
+def package_versions() -> tuple[str, str]:
+    """Versions of attntune and TVM."""
     from attntune import __version__
 
     return __version__, importlib.metadata.version("apache-tvm")
 
 
 @functools.cache
-def _sources() -> str:
+def sources_digest() -> str:
     """Digest of the code that kernels are made by: a checkout may change without its version changing."""
     package = Path(__file__).parent
     digest = hashlib.sha256()

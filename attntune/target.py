@@ -325,6 +325,23 @@ PRESETS: dict[str, Target] = {
 }
 
 
+#: Presets by the compute capability of the devices they are for.
+_CAPABILITIES = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90a", (10, 0): "sm_100"}
+
+
+def cuda_target(major: int, minor: int, sm_count: int) -> Target:
+    """The preset for a CUDA device of this compute capability, with as many SMs as it has.
+
+    Raises:
+        TargetError: there is no such preset.
+    """
+    name = _CAPABILITIES.get((major, minor))
+    if name is None:
+        known = ", ".join(f"{a}.{b} ({preset})" for (a, b), preset in _CAPABILITIES.items())
+        raise TargetError(f"expected a CUDA device of compute capability {known}; got one of {major}.{minor}")
+    return dataclasses.replace(PRESETS[name], sm_count=sm_count)
+
+
 def host_features() -> tuple[str, ...]:
     """ISA features of this machine, from /proc/cpuinfo; needs neither TVM nor a compiler."""
     try:

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from attntune.engines.comparison import Outcome, Ratio, paired_ratio
-from attntune.engines.kernel_engines import KERNEL_ENGINES, KernelSource
+from attntune.engines.kernel_engines import KERNEL_ENGINES, KernelEngine, KernelSource
 from attntune.errors import AttntuneError, EngineError
 from attntune.kernel_cache import KernelCache
 from attntune.measure.machine import machine_state, measure_peaks
@@ -64,6 +65,8 @@ class KernelOptions:
     """``hot``: the same operands each call; ``cold``: weights, or everything where there are none, come from memory."""
     seed: int = 0
     timeout_secs: float = 300.0
+    whole: bool = False
+    """Whether the whole of attntune's output is held against that of each other engine, too."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.turn_secs <= 0:
@@ -90,6 +93,8 @@ class KernelResult:
     way: str = ""
     """For attntune where the schedule comes from; for others which of their functions was the fastest."""
     message: str = ""
+    max_rel_difference: float | None = None
+    """Largest difference between attntune's whole output and this engine's, as a share of its largest value."""
 
     def __post_init__(self) -> None:
         if bool(self.rounds) != (self.outcome is Outcome.OK) or not all(self.rounds):
@@ -109,7 +114,7 @@ class KernelResult:
 
         The share is above 1 where operands stay in a cache that is faster than memory.
         """
-        if not self.rounds:
+        if not self.rounds or not peaks:
             return None
         workload = workload_from_key(self.workload)
         rate = peaks["flops_per_sec"].get(workload.compute_dtype)
@@ -198,52 +203,70 @@ def compare_kernels(
     options: KernelOptions | None = None,
     peaks: Callable[[Target], Mapping[str, Any]] = measure_peaks,
     on_event: Callable[[str], None] | None = None,
+    table: Mapping[str, type[KernelEngine]] = KERNEL_ENGINES,
+    process: Callable[..., IsolatedProcess] = IsolatedProcess,
 ) -> KernelComparison:
     """Run a suite. What an engine cannot run, or computes wrongly, is reported so and not timed; the others go on.
 
     Args:
         suite: its name.
         cases: the workloads.
-        engines: names from :data:`KERNEL_ENGINES`; attntune's own goes first.
+        engines: names from ``table``; attntune's own goes first. One that cannot start is left out, with the reason
+            in ``settings["left_out"]``.
         kernels: where attntune's kernels come from.
         target: this machine with the number of threads that every engine gets.
         options: rounds, length of turns, states of the caches.
         peaks: measures what the machine can do.
         on_event: is told what happens, one line at a time.
+        table: the engines there are for this kind of target.
+        process: starts the process of an engine.
 
     Raises:
-        EngineError: an engine is unknown, or there is no case.
+        EngineError: an engine is unknown, there is no case, or attntune's own engine cannot start.
     """
     options, say = options or KernelOptions(), on_event or (lambda _: None)
-    if unknown := set(engines) - set(KERNEL_ENGINES):
-        raise EngineError(f"unknown kernel engines {sorted(unknown)}; expected some of {sorted(KERNEL_ENGINES)}")
+    if unknown := set(engines) - set(table):
+        raise EngineError(f"unknown kernel engines {sorted(unknown)}; expected some of {sorted(table)}")
     if not cases:
         raise EngineError(f"suite {suite!r}: expected at least one case")
     say("measuring the machine's peaks")
     before, state = peaks(target), machine_state(target)
     results: list[KernelResult] = []
     info: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         processes = {}
         for name in dict.fromkeys((OURS, *engines)):
-            cls = KERNEL_ENGINES[name]
-            if (reason := cls.unavailable()) is not None:
-                say(reason)
+            if (reason := table[name].unavailable()) is not None:
+                left_out[name] = reason
                 continue
-            process = stack.enter_context(IsolatedProcess(
-                threads=target.cores, env=cls.env,
-                preload=[("attntune.engines.kernel_engines:open_engine", name, target.cores)],
+            processes[name] = stack.enter_context(process(
+                threads=target.cores, env=table[name].env,
+                preload=[("attntune.engines.kernel_engines:open_engine", table[name].reference_name(), target.cores)],
             ))  # fmt: skip
-            described = process.call("attntune.engines.kernel_engines:describe", timeout_secs=options.timeout_secs)
-            info[name] = {"title": cls.title, **described}
-            processes[name] = process
+            processes[name].start()
+        for name in tuple(processes):
+            try:
+                described = processes[name].call(
+                    "attntune.engines.kernel_engines:describe", timeout_secs=options.timeout_secs
+                )
+            except AttntuneError as error:
+                if name == OURS:
+                    raise
+                left_out[name] = str(error)
+                del processes[name]
+                continue
+            info[name] = {"title": table[name].title, **described}
+        for name, reason in left_out.items():
+            say(f"{name} is left out: {reason[:300]}")
         for number, case in enumerate(cases, 1):
             say(f"{number}/{len(cases)} {case.group} {case.label}")
-            results += _run_case(case, processes, kernels, target, options, say)
+            with tempfile.TemporaryDirectory(prefix="attntune-") as scratch:
+                results += _run_case(case, processes, kernels, target, options, say, scratch)
     say("measuring the machine's peaks again")
     return KernelComparison(
-        suite, target.cores, tuple(results), info, _better(before, peaks(target)), dataclasses.asdict(options), state,
-        datetime.now(UTC).isoformat(timespec="seconds"),
+        suite, target.cores, tuple(results), info, _better(before, peaks(target)),
+        {**dataclasses.asdict(options), "left_out": left_out}, state, datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
 
 
@@ -261,8 +284,9 @@ def _run_case(
     target: Target,
     options: KernelOptions,
     say: Callable[[str], None],
+    scratch: str,
 ) -> Iterator[KernelResult]:
-    """Check every engine, then time those that are right."""
+    """Check every engine, then time those that are right; ``scratch`` is a folder for whole outputs."""
     workload = case.workload
     key = "" if workload is None else workload.key()
 
@@ -276,8 +300,10 @@ def _run_case(
     if workload is None:
         yield from untimed(OURS, Outcome.UNAVAILABLE, case.problem)
         return
-    right: dict[str, tuple[float, Mapping[str, Any], str]] = {}
+    right: dict[str, _Right] = {}
     expected = list(workload.reference_sample(*workload.example_inputs(options.seed)))
+    places = [place for place, _ in expected]
+    limit = PARITY[workload.compute_dtype]
     for name, process in processes.items():
         source, origin = KernelSource(workload, target, seed=options.seed), ""
         try:
@@ -288,25 +314,40 @@ def _run_case(
                 library, manifest = kernels.library(workload)
                 source = dataclasses.replace(source, library=str(library), template=manifest["template"])
                 origin = manifest["source"]
+            kept = str(Path(scratch) / "ours.npy") if options.whole else ""
             outputs, prepared = process.call(
-                "attntune.engines.kernel_engines:prepare", source, options.caches, timeout_secs=options.timeout_secs
+                "attntune.engines.kernel_engines:prepare",
+                source,
+                options.caches,
+                places,
+                kept if name == OURS else "",
+                timeout_secs=options.timeout_secs,
             )
+            apart = None
+            if kept and name != OURS and OURS in right:
+                difference = "attntune.engines.kernel_engines:difference"
+                apart = process.call(difference, kept, timeout_secs=options.timeout_secs)
         except AttntuneError as error:
             yield from untimed(name, Outcome.FAILED, str(error))
             continue
         error_ = max(_error(outputs[cache], expected) for cache in options.caches)
-        limit = PARITY[workload.compute_dtype]
         if not error_ <= limit:
             message = f"expected an error of at most {limit:g} of the largest value, got {error_:.3g}"
             yield from untimed(name, Outcome.WRONG_RESULT, message, error_)
             continue
-        right[name] = error_, prepared, origin
+        right[name] = _Right(error_, prepared, origin, apart)
+    # Each may be off the truth by the limit, so that much more between them.
+    others = {name: each.apart for name, each in right.items() if each.apart is not None}
+    if others and not any(apart <= 2 * limit for apart in others.values()):
+        name = min(others, key=lambda name: others[name])
+        message = f"the whole output differs by {others[name]:.3g} from {name}, expected at most {2 * limit:g}"
+        yield from untimed(OURS, Outcome.WRONG_RESULT, message, right.pop(OURS).error)
     for cache in options.caches:
         rounds: dict[str, list[tuple[float, ...]]] = {name: [] for name in right}
         failed: dict[str, str] = {}
         for turn in range(options.rounds):
             for name in right if turn % 2 == 0 else reversed(right):
-                secs = right[name][1][cache].secs
+                secs = right[name].prepared[cache].secs
                 samples = max(2, min(options.max_samples, round(options.turn_secs / max(secs, 20e-6))))
                 time.sleep(options.pause_secs)
                 try:
@@ -317,20 +358,33 @@ def _run_case(
                         )))  # fmt: skip
                 except AttntuneError as error:
                     failed[name] = str(error)
-        for name, (error_, prepared, origin) in right.items():
+        for name, each in right.items():
             outcome = Outcome.FAILED if name in failed else Outcome.OK
             yield KernelResult(
                 case.group, case.label, key, cache, name, outcome, () if name in failed else tuple(rounds[name]),
-                error_, origin or prepared[cache].way, failed.get(name, ""),
+                each.error, each.origin or each.prepared[cache].way, failed.get(name, ""), each.apart,
             )  # fmt: skip
 
 
-def _error(outputs: Sequence[np.ndarray], parts: Sequence[tuple[tuple[Any, ...], tuple[np.ndarray, ...]]]) -> float:
+@dataclass(frozen=True)
+class _Right:
+    """An engine that is right on a case."""
+
+    error: float
+    prepared: Mapping[str, Any]
+    origin: str
+    apart: float | None
+    """How far from attntune's whole output; None for attntune itself."""
+
+
+def _error(
+    outputs: Sequence[Sequence[np.ndarray]], parts: Sequence[tuple[tuple[Any, ...], tuple[np.ndarray, ...]]]
+) -> float:
     """Largest error over the parts of the reference, as a share of its largest value; NaN where something is NaN."""
     worst, largest = 0.0, 0.0
-    for places, expected in parts:
-        for output, place, values in zip(outputs, places, expected, strict=True):
-            found = np.asarray(output[place], np.float64)
+    for part, (_, expected) in zip(outputs, parts, strict=True):
+        for output, values in zip(part, expected, strict=True):
+            found = np.asarray(output, np.float64)
             if found.shape != values.shape:
                 return math.inf
             worst = float(np.maximum(worst, np.abs(found - values).max(initial=0.0)))

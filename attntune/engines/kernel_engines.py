@@ -21,13 +21,12 @@ import numpy as np
 from attntune.engines.engine import OPENMP_ENV
 from attntune.engines.fastest import medians
 from attntune.errors import EngineError
+from attntune.measure.worker_child import resolve
 from attntune.ops import Attention, Linear, Workload
 from attntune.target import Target
 
 Call = Callable[[], Any]
 
-_SAMPLE_SECS = 20e-6
-"""A sample averages as many calls as take this long: a clock that is read more often measures itself."""
 _TRIALS = 7
 _MAX_COPIES = 2048
 
@@ -65,9 +64,16 @@ class KernelEngine(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     env: ClassVar[Mapping[str, str]] = {}
+    sample_secs: ClassVar[float] = 20e-6
+    """A sample averages as many calls as take this long: a clock that is read more often measures itself."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+
+    @classmethod
+    def reference_name(cls) -> str:
+        """``module:Class``, by which a process of its own finds it."""
+        return f"{cls.__module__}:{cls.__qualname__}"
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -91,6 +97,14 @@ class KernelEngine(ABC):
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """Entered around every series of calls."""
         return contextlib.nullcontext()
+
+    def secs(self, call: Call, number: int) -> float:
+        """Seconds per call of ``number`` calls in a row."""
+        clock = time.perf_counter
+        start = clock()
+        for _ in itertools.repeat(None, number):
+            call()
+        return (clock() - start) / number
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -275,6 +289,7 @@ KERNEL_ENGINES: dict[str, type[KernelEngine]] = {cls.name: cls for cls in (Attnt
 
 _engine: KernelEngine | None = None
 _turns: dict[str, Call] = {}
+_outputs: list[np.ndarray] = []
 
 
 @dataclass(frozen=True)
@@ -287,10 +302,10 @@ class Prepared:
     """Estimate of one call."""
 
 
-def open_engine(name: str, threads: int) -> None:
-    """Start the engine called ``name`` in this process."""
+def open_engine(reference: str, threads: int) -> None:
+    """Start the engine of class ``reference``, as ``module:Class``, in this process."""
     global _engine
-    _engine = KERNEL_ENGINES[name](threads)
+    _engine = resolve(reference)(threads)
 
 
 def describe() -> dict[str, Any]:
@@ -299,18 +314,27 @@ def describe() -> dict[str, Any]:
     return _engine.describe()
 
 
-def prepare(source: KernelSource, caches: Sequence[str]) -> tuple[dict[str, list[np.ndarray]], dict[str, Prepared]]:
-    """Bind the operands hot, cold or both: by state of the caches, the outputs of what will be timed, and how it is.
+def prepare(
+    source: KernelSource, caches: Sequence[str], places: Sequence[Sequence[Any]] = (), keep: str = ""
+) -> tuple[dict[str, list[list[np.ndarray]]], dict[str, Prepared]]:
+    """Bind the operands hot, cold or both: by state of the caches, parts of the outputs, and how they will be timed.
 
     Outputs are those of the first set of operands, which is the same for every engine and state.
+
+    Args:
+        source: the kernel.
+        caches: states of the caches.
+        places: of each part, an index into each output; everything by default.
+        keep: a file that the whole first output of the first state is written to.
     """
     if _engine is None:
         raise EngineError("expected open_engine before prepare")
     _turns.clear()
+    _outputs.clear()
     gc.collect()
     operands = source.operands()
     turning, copies = source.cold_copies()
-    outputs: dict[str, list[np.ndarray]] = {}
+    found: dict[str, list[list[np.ndarray]]] = {}
     prepared = {}
     for cache in caches:
         sets = [operands]
@@ -319,29 +343,38 @@ def prepare(source: KernelSource, caches: Sequence[str]) -> tuple[dict[str, list
         with _engine.context():
             ways = _engine.ways(source, sets)
             turns = {name: _next_of(calls) for name, calls in ways.items()}
-            secs = medians(turns, _TRIALS if len(turns) > 1 else 3)
+            secs = medians(turns, _TRIALS if len(turns) > 1 else 3, lambda call: _engine.secs(call, 1))
             way = min(secs, key=lambda name: secs[name])
-            outputs[cache] = _engine.to_numpy(ways[way][0]())
+            outputs = _engine.to_numpy(ways[way][0]())
+        parts = places or [(...,) * len(outputs)]
+        found[cache] = [[x[at] for x, at in zip(outputs, part, strict=True)] for part in parts]
+        _outputs[:] = _outputs or outputs[:1]
         _turns[cache] = turns[way]
         prepared[cache] = Prepared(way, secs[way])
-    return outputs, prepared
+    if keep:
+        np.save(keep, _outputs[0])
+    return found, prepared
+
+
+def difference(kept: str) -> float:
+    """Largest difference between the first output and the one in ``kept``, as a share of the former's largest value."""
+    theirs = np.load(kept, mmap_mode="r")
+    if theirs.shape != _outputs[0].shape:
+        return math.inf
+    largest = float(np.abs(_outputs[0]).max(initial=0.0))
+    found = float(np.abs(_outputs[0] - theirs).max(initial=0.0))
+    return found / largest if largest else found
 
 
 def turn(cache: str, warmup: int, samples: int, secs: float) -> list[float]:
     """Seconds per call: ``samples`` samples of calls that take about ``secs`` each, after ``warmup`` calls."""
     assert _engine is not None
-    call, clock = _turns[cache], time.perf_counter
-    number = max(1, round(_SAMPLE_SECS / secs))
-    found = []
+    call = _turns[cache]
+    number = max(1, round(_engine.sample_secs / secs))
     with _engine.context(), _no_collection():
         for _ in range(warmup):
             call()
-        for _ in range(samples):
-            start = clock()
-            for _ in itertools.repeat(None, number):
-                call()
-            found.append((clock() - start) / number)
-    return found
+        return [_engine.secs(call, number) for _ in range(samples)]
 
 
 def _next_of(calls: Sequence[Call]) -> Call:

@@ -37,7 +37,7 @@ def start(_cores: int) -> None:
 class DeviceOperands(KeptOperands):
     """Inputs (packed) and outputs of one workload on the device, and parts of its float64 reference."""
 
-    kept = 4
+    kept = 16
 
     def __init__(self, trial: Trial) -> None:
         from attntune.templates import load_template
@@ -116,6 +116,11 @@ def evaluate(trial: Trial, so_path: str, options: MeasureOptions, best_secs: flo
         DeviceOperands.forget()
         return Evaluation(Status.RUN_ERROR, message=f"{type(error).__name__}: {str(error)[-500:]}", tainted=True)
     return dataclasses.replace(checked, run_secs=samples) if after.status is Status.CORRECT else after
+
+
+def check(trial: Trial, so_path: str) -> Evaluation:
+    """Run the shared object built for ``trial`` once; nothing is timed. What it raises ends with the process."""
+    return _Kernel(so_path, DeviceOperands(trial), MeasureOptions()).check()
 
 
 def race(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
+import subprocess
 from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
@@ -17,15 +19,23 @@ from attntune.target import Target, host_features, host_triple, user_cache_dir
 
 _PEAKS_VERSION = 1
 _PEAKS_TIMEOUT_SECS = 120.0
+#: What a record says of a GPU: our name, nvidia-smi's.
+_GPU_FIELDS = {
+    "name": "name", "driver": "driver_version", "sm_clock_mhz": "clocks.sm", "memory_clock_mhz": "clocks.mem",
+    "max_sm_clock_mhz": "clocks.max.sm", "power_watts": "power.draw", "power_limit_watts": "power.limit",
+    "temperature_celsius": "temperature.gpu",
+}  # fmt: skip
 
 
 def machine_state(target: Target) -> dict[str, Any]:
     """What a record says of the machine, now.
 
     ``cpu_model``, ``cores`` (used by the kernel), ``logical_cores``, ``load_average`` (1 minute), ``governor``,
-    ``versions`` of attntune, tvm and llvm, and the ``target`` with all its limits.
+    ``versions`` of attntune, tvm and llvm, and the ``target`` with all its limits; for CUDA also :func:`gpu_state`.
     """
+    gpu = {"gpu": gpu_state()} if target.kind == "cuda" else {}
     return {
+        **gpu,
         "cpu_model": cpu_model(),
         "cores": target.cores,
         "logical_cores": os.cpu_count() or 1,
@@ -34,6 +44,20 @@ def machine_state(target: Target) -> dict[str, Any]:
         "versions": dict(versions()),
         "target": target.to_json(),
     }
+
+
+def gpu_state() -> dict[str, str]:
+    """Of the first GPU, now: name, driver, clocks in MHz, power in W, temperature in °C; empty without nvidia-smi."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return {}
+    command = [program, f"--query-gpu={','.join(_GPU_FIELDS.values())}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = ended.stdout.strip().split(", ")
+    return dict(zip(_GPU_FIELDS, values, strict=True)) if len(values) == len(_GPU_FIELDS) else {}
 
 
 @cache

@@ -207,6 +207,8 @@ class _Child:
         if self._ready:
             return
         kind, *rest = self.receive(deadline)
+        if kind == "raised":
+            raise WorkerError(f"worker could not start: {type(rest[0]).__name__}: {rest[0]}")
         if kind != "ok":
             raise WorkerError(f"worker could not start: {rest[0]}: {rest[1]}\n{rest[2]}")
         self._ready = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +20,9 @@ def kernel_section(found: KernelComparison, raw: str) -> str:
     """Title, how it was taken, a summary by group and state of the caches, and every case."""
     others = [name for name in found.engines if name != OURS]
     lines = [
-        f"## {found.suite}: {_dtypes(found)}, {found.threads} threads, {found.time[:10]}",
+        f"## {found.suite}: {_dtypes(found)}, {_where(found)}, {found.time[:10]}",
         "",
-        f"{found.machine.get('cpu_model', 'unknown CPU')}; {_peaks(found.peaks)} (the better of two measurements, "
-        f"before and after). {found.settings.get('rounds')} interleaved rounds, each engine in a process of its own; "
+        f"{_machine(found)}; {_peaks(found.peaks)}. {found.settings.get('rounds')} interleaved rounds, each engine in a process of its own; "
         "ratios are medians over rounds of the other's time over attntune's, above 1 attntune is faster, with a 95 % "
         f"interval. Engines: {_engines(found)}. Raw samples: [`{raw}`]({raw}).",
         "",
@@ -39,6 +39,8 @@ def _summary(found: KernelComparison, others: Sequence[str]) -> list[str]:
     for name in others:
         title = found.engines[name].get("title", name)
         head += [f"{title} ÷ attntune (geometric mean)", "lowest"]
+    if len(others) > 1:
+        head += ["best of these ÷ attntune (geometric mean)", "lowest"]
     rows = []
     groups = dict.fromkeys((group, cache) for group, _, cache in found.cases())
     for group, cache in groups:
@@ -47,16 +49,28 @@ def _summary(found: KernelComparison, others: Sequence[str]) -> list[str]:
         shares = [limit[1] for r in ours if (limit := r.limit(found.peaks)) is not None]
         if not ours:
             continue
-        row = [group, cache, str(len(ours)), _percent(geometric_mean(shares)), _percent(min(shares))]
+        row = [group, cache, str(len(ours))]
+        row += [_percent(geometric_mean(shares)), _percent(min(shares))] if shares else ["", ""]
         for name in others:
             ratios = [(ratio.value, case[1]) for case in cases if (ratio := found.ratio(name, case)) is not None]
-            if ratios:
-                low, at = min(ratios)
-                row += [f"{geometric_mean(value for value, _ in ratios):.2f}×", f"{low:.2f}× ({at})"]
-            else:
-                row += ["", ""]
+            row += _mean_and_lowest(ratios)
+        if len(others) > 1:
+            row += _mean_and_lowest([(best, case[1]) for case in cases if (best := _best_ratio(found, others, case))])
         rows.append(row)
     return table(head, rows)
+
+
+def _mean_and_lowest(ratios: Sequence[tuple[float, str]]) -> list[str]:
+    if not ratios:
+        return ["", ""]
+    low, at = min(ratios)
+    return [f"{geometric_mean(value for value, _ in ratios):.2f}×", f"{low:.2f}× ({at})"]
+
+
+def _best_ratio(found: KernelComparison, others: Sequence[str], case: Case) -> float | None:
+    """Of the fastest of the others."""
+    ratios = [ratio.value for name in others if (ratio := found.ratio(name, case)) is not None]
+    return min(ratios, default=None)
 
 
 def _cases(found: KernelComparison, others: Sequence[str]) -> list[str]:
@@ -69,8 +83,9 @@ def _cases(found: KernelComparison, others: Sequence[str]) -> list[str]:
         ours = found.result(OURS, case)
         if ours is None or not ours.rounds:
             continue
-        bound, share = ours.limit(found.peaks) or ("", float("nan"))
-        row = [*case, f"{ours.median_secs * 1e6:.1f}", _rate(ours, bound), f"{_percent(share)} {bound}", ours.way]
+        bound, share = ours.limit(found.peaks) or ("", math.nan)
+        of_peak = f"{_percent(share)} {bound}" if bound else ""
+        row = [*case, f"{ours.median_secs * 1e6:.1f}", _rate(ours, bound), of_peak, ours.way]
         for name in others:
             theirs, ratio = found.result(name, case), found.ratio(name, case)
             shown = "" if ratio is None else f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]"
@@ -83,7 +98,7 @@ def _rate(result: KernelResult, bound: str) -> str:
     workload = workload_from_key(result.workload)
     if bound == "memory":
         return f"{workload.bytes_moved() / result.median_secs / 1e9:.1f} GB/s"
-    return f"{workload.flops() / result.median_secs / 1e9:.0f} GFLOP/s"
+    return _flops(workload.flops() / result.median_secs)
 
 
 def _problems(found: KernelComparison) -> list[str]:
@@ -99,7 +114,10 @@ def _problems(found: KernelComparison) -> list[str]:
     for (group, engine, outcome, _), labels in reasons.items():
         merged.setdefault((group, engine, outcome), []).extend(labels)
     first = {at[:3]: at[3] for at in reversed(reasons)}
-    return [
+    left_out = [
+        f"- {engine}: {' '.join(reason.split())[:200]}" for engine, reason in found.settings.get("left_out", {}).items()
+    ]
+    return left_out + [
         f"- {group}, {engine}, {outcome.replace('_', ' ')}: {len(labels)} kernels ({', '.join(labels[:3])}"
         f"{', …' if len(labels) > 3 else ''}); {first[group, engine, outcome]}"
         for (group, engine, outcome), labels in merged.items()
@@ -227,13 +245,13 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def update_page(page: Path, name: str, section: str) -> None:
-    """Put a generated section into a page, between its marks; at the end where the page has none yet.
+def update_page(page: Path, name: str, section: str, script: str = "scripts/benchmark") -> None:
+    """Put a section that ``script`` generated into a page, between its marks; at the end where the page has none yet.
 
     Raises:
         ReportError: the page has one of the two marks only.
     """
-    begin, end = f"<!-- begin {name} (generated by scripts/benchmark) -->", f"<!-- end {name} -->"
+    begin, end = f"<!-- begin {name} (generated by {script}) -->", f"<!-- end {name} -->"
     text = page.read_text() if page.exists() else "# Measurements\n"
     if (begin in text) != (end in text):
         raise ReportError(f"{page}: expected both marks of section {name!r} or none, found one of {begin} and {end}")
@@ -260,8 +278,34 @@ def _dtypes(found: KernelComparison) -> str:
 
 
 def _peaks(peaks: Mapping[str, Any]) -> str:
-    rates = [f"{rate / 1e9:.0f} GFLOP/s {dtype}" for dtype, rate in peaks.get("flops_per_sec", {}).items()]
-    return f"measured peaks {', '.join(rates)}, {peaks.get('read_bytes_per_sec', 0) / 1e9:.1f} GB/s read"
+    if not peaks:
+        return "peaks not measured"
+    rates = [f"{_flops(rate)} {dtype}" for dtype, rate in peaks.get("flops_per_sec", {}).items()]
+    how = peaks.get("source", "the better of two measurements, before and after")
+    return f"measured peaks {', '.join(rates)}, {peaks.get('read_bytes_per_sec', 0) / 1e9:.1f} GB/s read ({how})"
+
+
+def _flops(rate: float) -> str:
+    return f"{rate / 1e12:.0f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:.0f} GFLOP/s"
+
+
+def _where(found: KernelComparison) -> str:
+    return str(found.machine["target"]["name"]) if "gpu" in found.machine else f"{found.threads} threads"
+
+
+def _machine(found: KernelComparison) -> str:
+    """The CPU; of a comparison on a GPU, that, its driver and its limits."""
+    if "gpu" not in found.machine:
+        return str(found.machine.get("cpu_model", "unknown CPU"))
+    gpu = found.machine["gpu"]
+    name = gpu.get("name") or found.settings.get("device") or "unknown GPU"
+    limits = [
+        f"{what} {gpu[key]}{unit}"
+        for what, key, unit in (("driver", "driver", ""), ("SM clock", "sm_clock_mhz", " MHz"),
+                                ("power limit", "power_limit_watts", " W"))
+        if gpu.get(key)
+    ]  # fmt: skip
+    return ", ".join([name, *limits])
 
 
 def _engines(found: KernelComparison) -> str:

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+from corners import ATTENTIONS, LINEARS
 from gpu import compiled, instructions, needs_nvcc
 from operators import ROWS
 
@@ -75,16 +76,6 @@ def test_the_generic_schedule_matches_the_reference(emulator, op):
     emulate(emulator, template, workload, template.space(workload, TARGET).sample(random.Random(op)), seed=1)
 
 
-#: Edges in every direction, one slice and many, every epilogue, odd widths, few rows.
-LINEARS = (
-    Linear(100, 96, 80, dtype="bfloat16", activation="gelu", residual=True),
-    Linear(64, 264, 64, dtype="float16", bias=False),
-    Linear(70, 136, 75, dtype="float16", activation="gelu_tanh", residual=True),
-    Linear(33, 72, 48, dtype="bfloat16", gated=True, activation="silu", residual=True),
-    Linear(1, 200, 130, dtype="bfloat16", out_dtype="float32"),
-)
-
-
 @needs_nvcc
 class TestLinear:
     template = LinearCUDA()
@@ -129,20 +120,6 @@ class TestLinear:
         space = self.template.space(LINEARS[0].replace(rows=4096, out_features=4096), PRESETS["sm_86"])
         large = self.template.space(LINEARS[0].replace(rows=4096, out_features=4096), PRESETS["sm_90a"])
         assert len(space) < len(large)
-
-
-#: Layouts, masks, windows, grouped heads, lengths, biases; sizes that no tile divides, rows that see no key.
-ATTENTIONS = (
-    Attention(1, 2, 70, 70, 32, dtype="bfloat16"),
-    Attention(1, 2, 40, 72, 64, dtype="float16", layout="bhsd", causal=True, causal_offset=32),
-    Attention(2, 2, 33, 33, 16, dtype="bfloat16", packed=True, causal=True, mask=True),
-    Attention(1, 4, 50, 50, 48, kv_heads=2, dtype="float16", causal=True, window=11, alibi=True),
-    Attention(2, 2, 17, 45, 96, dtype="bfloat16", layout="bhsd", softcap=3.0, bias_batch=2, bias_heads=1),
-    Attention(2, 2, 5, 90, 32, kv_heads=1, dtype="float16", lengths="kv", causal=True),
-    Attention(2, 2, 40, 40, 32, packed=True, dtype="bfloat16", lengths="qkv"),
-    Attention(2, 2, 7, 33, 16, dtype="float16", score_mod="oracles:halve_far_scores", causal=True),
-    Attention(1, 2, 9, 4, 16, causal=True, causal_offset=-3, dtype="bfloat16"),
-)
 
 
 @needs_nvcc
