@@ -116,9 +116,12 @@ class _Decode:
         self.padded_rows = math.ceil(self.rows / self.out_rows) * self.out_rows
         self.dims = math.ceil(w.head_dim / self.lanes)
         self.dims_held = min(self.dims, max(1, target.vector_registers // 2 // self.out_rows - 1))
+        #: Whether scores multiply pairs of bfloat16 as they lie, without widening them.
+        self.paired = w.dtype == "bfloat16" and bf16.available(target) and w.head_dim % (2 * self.lanes) == 0
         self.modify = w.modification() if w.score_mod else None
         #: Whether scores are more than scaled products.
         self.general = bool(w.softcap or w.bias_heads or w.alibi or w.score_mod)
+        self.factor = w.scaling * (1.0 if self.general else _LOG2_E)
 
     def function(self) -> Any:
         """The ``PrimFunc``."""
@@ -133,6 +136,8 @@ class _Decode:
                 spec.name: T.arg(spec.name, T.buffer(spec.shape, spec.dtype)) for spec in (*w.inputs(), *w.outputs())
             }
             with T.sblock("root"):
+                if self.paired:
+                    self.pairs = {name: bf16.view(self.operand[name], "int32") for name in ("query", "key")}
                 for spec in w.inputs():
                     if spec.dtype == "bfloat16":
                         self.operand[spec.name] = bf16.Widened(self.operand[spec.name])
@@ -141,7 +146,8 @@ class _Decode:
                 self.part = T.sblock_alloc_buffer((pairs * splits, self.padded_rows, self.dims * self.lanes), "float32")
                 self.top = T.sblock_alloc_buffer((pairs * splits, self.padded_rows), "float32")
                 self.total = T.sblock_alloc_buffer((pairs * splits, self.padded_rows), "float32")
-                with T.parallel(pairs * splits) as task, T.sblock("split"):
+                imports = dict(bf16.IMPORT) if self.paired else {}
+                with T.parallel(pairs * splits, annotations=imports) as task, T.sblock("split"):
                     T.reads()
                     T.writes()
                     self._split(task)
@@ -158,6 +164,11 @@ class _Decode:
         if self.w.layout == "bhsd":
             return [b, head, row, d]
         return [b, row, head * self.w.head_dim + d]
+
+    def _pair(self, name: str, head: Any, row: Any, part: int) -> Any:
+        """One vector of bfloat16 pairs of a row of a head."""
+        *lead, at = self._at(self.b, head, row, 2 * part * self.lanes)
+        return self.pairs[name].vload([*lead, at // 2], dtype=f"int32x{self.lanes}")
 
     def _vector(self, buffer: Any, b: Any, head: Any, row: Any, dim: int) -> Any:
         """One vector of a row of a head; lanes past the head's end repeat its last element."""
@@ -193,17 +204,10 @@ class _Decode:
         end = T.bind(T.min(start + blocks * self.key_block, high))
         self.end = end
 
-        self.q = T.sblock_alloc_buffer((self.rows, self.dims * lanes), "float32")
         self.p = T.sblock_alloc_buffer((self.padded_rows, self.key_block), "float32")
         self.alpha = T.sblock_alloc_buffer((self.padded_rows,), "float32")
-        factor = tirx.const(w.scaling * (1.0 if self.general else _LOG2_E), "float32")
-        with T.serial(self.rows) as r:
-            head, i = self.head * self.group + r // w.q_len, r % w.q_len
-            for dim in range(self.dims):
-                v.store(self.q, [r, dim * lanes], v.splat(0.0))
-            with T.serial(w.head_dim) as d:
-                element = self.operand["query"][tuple(self._at(self.b, head, i, d))]
-                T.buffer_store(self.q, element * factor, [r, d])
+        if not self.paired:
+            self._scale_queries()
         with T.serial(self.padded_rows) as r:
             T.buffer_store(self.top, tirx.const(FLOOR, "float32"), [task, r])
             T.buffer_store(self.total, tirx.const(0.0, "float32"), [task, r])
@@ -211,6 +215,21 @@ class _Decode:
                 v.store(self.part, [task, r, dim * lanes], v.splat(0.0))
         with T.serial((T.max(end - start, 0) + (self.key_block - 1)) // self.key_block) as kb:
             self._block(T.bind(start + kb * self.key_block))
+
+    def _scale_queries(self) -> None:
+        """All rows' queries in the units of scores, zeros past the head's end."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        w, v, lanes = self.w, self.v, self.lanes
+        self.q = T.sblock_alloc_buffer((self.rows, self.dims * lanes), "float32")
+        with T.serial(self.rows) as r:
+            head, i = self.head * self.group + r // w.q_len, r % w.q_len
+            for dim in range(self.dims):
+                v.store(self.q, [r, dim * lanes], v.splat(0.0))
+            with T.serial(w.head_dim) as d:
+                element = self.operand["query"][tuple(self._at(self.b, head, i, d))]
+                T.buffer_store(self.q, element * tirx.const(self.factor, "float32"), [r, d])
 
     def _block(self, start: Any) -> None:
         """One block of keys: scores, softmax and weighted sums of all rows."""
@@ -239,23 +258,40 @@ class _Decode:
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
-        v, lanes = self.v, self.lanes
+        w, v, lanes = self.w, self.v, self.lanes
         first = T.bind(start + t * lanes)
         together = lanes // rows
+
+        def query(r: int, part: int) -> Any:
+            if not self.paired:
+                return v.load(self.q, [first_row + r, part * lanes])
+            head = self.head * self.group + (first_row + r) // w.q_len
+            return self._pair("query", head, (first_row + r) % w.q_len, part)
+
+        def key(j: Any, part: int) -> Any:
+            if self.paired:
+                return self._pair("key", self.head, j, part)
+            return self._vector(self.operand["key"], self.b, self.head, j, part)
+
         products = T.sblock_alloc_buffer((lanes, lanes), "float32", scope="local")
         sums = []
         for part in range(rows):
             keys = [T.bind(T.min(first + part * together + a, self.end - 1)) for a in range(together)]
-            for dim in range(self.dims):
-                queries = [v.load(self.q, [first_row + r, dim * lanes]) for r in range(rows)]
+            for dim in range(w.head_dim // (2 * lanes) if self.paired else self.dims):
+                queries = [query(r, dim) for r in range(rows)]
                 for a in range(together):
-                    key = self._vector(self.operand["key"], self.b, self.head, keys[a], dim)
-                    key = T.bind(key) if rows > 1 else key
+                    components = T.bind(key(keys[a], dim)) if rows > 1 else key(keys[a], dim)
                     for r in range(rows):
                         at = [r * together + a, 0]
-                        product = key * queries[r]
-                        v.store(products, at, v.load(products, at) + product if dim else product)
+                        before = v.load(products, at) if dim else None
+                        if self.paired:
+                            value = bf16.dot(v.splat(0.0) if before is None else before, components, queries[r])
+                        else:
+                            value = components * queries[r] if before is None else before + components * queries[r]
+                        v.store(products, at, value)
             sums.append(T.bind(v.sums([v.load(products, [a, 0]) for a in range(lanes)])))
+            if self.paired:
+                sums[-1] = T.bind(sums[-1] * v.splat(self.factor))
         for r in range(rows):
             # Of each part's sums, those of this row.
             picked = [part * lanes + r * together + a for part in range(rows) for a in range(together)]
