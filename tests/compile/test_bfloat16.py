@@ -29,6 +29,8 @@ pytestmark = pytest.mark.skipif(not bf16.available(native()), reason="this CPU l
         Attention(1, 3, 131, 197, 64, layout="bhsd"),
         Attention(3, 2, 67, 67, 16, packed=True, lengths="qkv", causal=True),
         Attention(3, 4, 1, 151, 64, kv_heads=2, lengths="kv"),
+        Attention(2, 6, 1, 77, 64, kv_heads=1, lengths="kv"),
+        Attention(1, 10, 2, 45, 32, kv_heads=2, causal=True, layout="bhsd", softcap=5.0),
         Attention(4, 2, 131, 131, 16, packed=True, ragged=True),
     ],
     ids=str,

@@ -77,8 +77,6 @@ CORNERS: dict[str, tuple[Workload, ...]] = {
         Attention(2, 2, 7, 33, 8, score_mod="oracles:halve_far_scores", causal=True),
         Attention(4, 2, 131, 131, 16, packed=True, ragged=True),
         Attention(2, 2, 15, 15, 8, ragged=True, causal=True, window=9, score_mod="oracles:halve_far_scores"),
-        Attention(2, 6, 1, 77, 64, kv_heads=1, dtype="bfloat16", lengths="kv"),
-        Attention(1, 10, 2, 45, 32, kv_heads=2, causal=True, dtype="bfloat16", layout="bhsd", softcap=5.0),
         Attention(2, 8, 1, 50, 24, kv_heads=1),
     ),
     "layer_norm": (
