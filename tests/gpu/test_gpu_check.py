@@ -58,7 +58,7 @@ def settings(emulation_folder, tmp_path_factory):
     table = {"attntune": QuickKernels, "cublas": NumpyKernels, "flash": TorchFlash}
     with EmulatedRunner(MEASURE) as runner:
         yield GpuSettings(
-            dataclasses.replace(PRESETS["sm_86"], cores=1), device, results, [PART], [RMSNorm(4, 64), RMSNorm(3, 17)],
+            dataclasses.replace(PRESETS["sm_86"], cores=1), "an emulated device", results, [PART], corners,
             lambda: LentRunner(runner), QUICK, kernels, process, table, lambda _: PEAKS,
         )  # fmt: skip
     EmulatedRunner.folder = ""
