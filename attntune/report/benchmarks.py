@@ -23,7 +23,8 @@ def kernel_section(found: KernelComparison, raw: str) -> str:
         f"## {found.suite}: {_dtypes(found)}, {_where(found)}, {found.time[:10]}",
         "",
         f"{_machine(found)}; {_peaks(found.peaks)}. {found.settings.get('rounds')} interleaved rounds, each "
-        "engine in a process of its own; ratios are medians over rounds of the other's time over attntune's, above 1 attntune is faster, with a 95 % "
+        "engine in a process of its own; ratios are medians over rounds of the other's time over attntune's, above 1 "
+        "attntune is faster, with a 95 % "
         f"interval. Engines: {_engines(found)}. Raw samples: [`{raw}`]({raw}).",
         "",
     ]

@@ -50,11 +50,8 @@ def settings(emulation_folder, tmp_path_factory):
         return IsolatedProcess(**options, preload=preload, plugin_paths=folders)
 
     EmulatedRunner.folder = emulation_folder
-    device, results, kernels = (
-        "an emulated device",
-        tmp_path_factory.mktemp("results"),
-        tmp_path_factory.mktemp("kernels"),
-    )
+    results, kernels = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("kernels")
+    corners = [RMSNorm(4, 64), RMSNorm(3, 17)]
     table = {"attntune": QuickKernels, "cublas": NumpyKernels, "flash": TorchFlash}
     with EmulatedRunner(MEASURE) as runner:
         yield GpuSettings(
