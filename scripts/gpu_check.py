@@ -44,8 +44,9 @@ def main() -> int:
         measure = MeasureOptions(
             builders=min(options.builders, len(available_cpus())), plugin_paths=(str(CORNERS),), run_timeout_secs=120.0
         )
+        corners = [w for w in on_cuda() if not options.ops or w.op in options.ops.split(",")]
         check = GpuCheck(GpuSettings(
-            target, device, options.results, chosen, on_cuda(), lambda: CudaRunner(measure),
+            target, device, options.results, chosen, corners, lambda: CudaRunner(measure),
             KernelOptions(rounds=options.rounds, caches=("hot",)), say=say,
         ))  # fmt: skip
         steps = {"check": check.check, "tune": lambda: check.tune(options.minutes), "compare": check.compare}
@@ -73,6 +74,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=Path("results/gpu"), help="where everything goes (%(default)s)")
     parser.add_argument("--steps", default=",".join(STEPS), help="in the order given (%(default)s)")
     parser.add_argument("--only", default="", help="only parts whose names hold all of these words")
+    parser.add_argument("--ops", default="", help="only corner workloads of these operators; all by default")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds of each comparison (9)")
     parser.add_argument("--builders", type=int, default=8, help="kernels compiled at once (8)")
     options = parser.parse_args()

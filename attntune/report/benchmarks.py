@@ -22,9 +22,10 @@ def kernel_section(found: KernelComparison, raw: str) -> str:
     lines = [
         f"## {found.suite}: {_dtypes(found)}, {_where(found)}, {found.time[:10]}",
         "",
-        f"{_machine(found)}; {_peaks(found.peaks)}. {found.settings.get('rounds')} interleaved rounds, each engine in "
-        "a process of its own; ratios are medians over rounds of the other's time over attntune's, above 1 attntune is "
-        f"faster, with a 95 % interval. Engines: {_engines(found)}. Raw samples: [`{raw}`]({raw}).",
+        f"{_machine(found)}; {_peaks(found.peaks)}. {found.settings.get('rounds')} interleaved rounds, each "
+        "engine in a process of its own; ratios are medians over rounds of the other's time over attntune's, above 1 "
+        "attntune is faster, with a 95 % "
+        f"interval. Engines: {_engines(found)}. Raw samples: [`{raw}`]({raw}).",
         "",
     ]
     lines += [*_summary(found, others), ""]

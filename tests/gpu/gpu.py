@@ -8,9 +8,24 @@ from pathlib import Path
 import pytest
 
 from attntune.errors import ToolchainError
+from attntune.measure.cuda_runner import CudaRunner
+from attntune.measure.worker import IsolatedProcess
 from attntune.templates import cuda_lowering
 from attntune.templates.lowering import build_with_resources
 from attntune.templates.nvcc import find_nvcc
+
+EMULATION = str(Path(__file__).parent / "emulation")
+HELPERS = str(Path(__file__).parents[1] / "helpers")
+
+
+class EmulatedRunner(CudaRunner):
+    """Its workers' CUDA device is this CPU."""
+
+    folder = ""
+
+    def _process(self, threads, env, preload):
+        preload = ("emulation:then", self.folder, *preload)
+        return IsolatedProcess(threads=threads, env=env, preload=(preload,), plugin_paths=[EMULATION, HELPERS])
 
 
 def _has_nvcc():

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from gpu import needs_nvcc
+from gpu import EmulatedRunner, needs_nvcc
 
 import attntune
 from attntune.database.journal import Journal
@@ -17,21 +17,10 @@ from attntune.ops import Linear, RMSNorm
 from attntune.target import PRESETS
 from attntune.templates import template_for
 
-EMULATION = str(Path(__file__).parent / "emulation")
 HELPERS = str(Path(__file__).parents[1] / "helpers")
 TARGET = PRESETS["sm_86"]
 NORM = RMSNorm(4, 64)
 OPTIONS = MeasureOptions(samples=3, warmup_secs=1e-6, min_sample_secs=1e-6, builders=1, run_timeout_secs=60)
-
-
-class EmulatedRunner(CudaRunner):
-    """Its workers' CUDA device is this CPU."""
-
-    folder = ""
-
-    def _process(self, threads, env, preload):
-        preload = ("emulation:then", self.folder, *preload)
-        return IsolatedProcess(threads=threads, env=env, preload=(preload,), plugin_paths=[EMULATION, HELPERS])
 
 
 @pytest.fixture
