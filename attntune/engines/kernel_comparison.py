@@ -24,7 +24,7 @@ from attntune.engines.comparison import Outcome, Ratio, paired_ratio
 from attntune.engines.kernel_engines import KERNEL_ENGINES, KernelSource
 from attntune.errors import AttntuneError, EngineError
 from attntune.kernel_cache import KernelCache
-from attntune.measure.machine import machine_state, measure_peaks
+from attntune.measure.machine import better_peaks, machine_state, measure_peaks
 from attntune.measure.worker import IsolatedProcess
 from attntune.ops import Workload, workload_from_key
 from attntune.target import Target
@@ -243,16 +243,9 @@ def compare_kernels(
             results += _run_case(case, processes, kernels, target, options, say)
     say("measuring the machine's peaks again")
     return KernelComparison(
-        suite, target.cores, tuple(results), info, _better(before, peaks(target)), dataclasses.asdict(options), state,
+        suite, target.cores, tuple(results), info, better_peaks(before, peaks(target)), dataclasses.asdict(options), state,
         datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
-
-
-def _better(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: {k: max(v, b[key][k]) for k, v in value.items()} if isinstance(value, Mapping) else max(value, b[key])
-        for key, value in a.items()
-    }
 
 
 def _run_case(
