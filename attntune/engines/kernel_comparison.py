@@ -242,8 +242,9 @@ def compare_kernels(
             say(f"{number}/{len(cases)} {case.group} {case.label}")
             results += _run_case(case, processes, kernels, target, options, say)
     say("measuring the machine's peaks again")
+    best = better_peaks(before, peaks(target))
     return KernelComparison(
-        suite, target.cores, tuple(results), info, better_peaks(before, peaks(target)), dataclasses.asdict(options), state,
+        suite, target.cores, tuple(results), info, best, dataclasses.asdict(options), state,
         datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
 
