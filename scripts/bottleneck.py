@@ -4,7 +4,10 @@ Trains three small encoder-decoders in PyTorch to reverse sequences of symbols: 
 GRU with additive attention, and a Transformer. Each is then tuned and compiled with attntune; accuracy (of tokens
 written greedily) and latency (of reading the source, and of writing each token) are measured against length.
 
-Results: OUT/bottleneck.json and two plots beside it.
+What reading gains from a second thread is measured apart, on encoders of equal width with seeded weights, which need no
+training: --only scaling measures and replaces just that part, for the widths of --widths.
+
+Results: OUT/bottleneck.json and the plots beside it; the tables of scaling go into OUT/README.md, between their marks.
 """
 
 from __future__ import annotations
@@ -17,159 +20,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
+from bottleneck_models import LONGEST, STOP, SYMBOLS, batch, config, model, seeded_weights, train
 
 import attntune
+from attntune.engines.scaling import scaling
 from attntune.measure.machine import versions
-from attntune.models import encoder_decoder, rnn
-from attntune.models.model import Generation
+from attntune.report.benchmarks import update_page
+from attntune.report.plots import BLUE, GREEN, ORANGE, picture, plain_log_axis
+from attntune.report.scaling import plot_scaling, scaling_section
+from attntune.target import Target
 
-PAD, START, STOP, FIRST = 0, 1, 2, 3
-SYMBOLS = 32
-VOCAB = FIRST + SYMBOLS
-LONGEST = 48
-HIDDEN = 64
 LENGTHS = (4, 8, 16, 24, 32, 40, 48)
 SOURCES = (16, 32, 64, 128, 256)
+#: (batch, source) of what threads bring: one sequence, and eight that do not depend on each other.
+SCALING = (*((1, source) for source in (16, 32, 64, 128, 256, 512, 1024, 2048)), (8, 64), (8, 512))
+WIDTHS = (64, 512)
 KINDS = {"fixed": "GRU, fixed context", "additive": "GRU, additive attention", "transformer": "Transformer"}
 #: Batches by kind, in multiples of --steps: a Transformer is longer on its plateau.
 STEPS = {"fixed": 1, "additive": 1, "transformer": 2}
-
-
-def config(kind):
-    """Sizes; the two GRUs have the same number of units in the decoder."""
-    if kind == "transformer":
-        return encoder_decoder.EncoderDecoderConfig(
-            vocab_size=VOCAB, source_vocab_size=VOCAB, hidden_size=HIDDEN, heads=4, encoder_layers=2,
-            decoder_layers=2, inner=4 * HIDDEN, source_positions=max(SOURCES), positions=max(SOURCES), norm_first=True,
-        )  # fmt: skip
-    attention = kind == "additive"
-    units = HIDDEN // 2 if attention else HIDDEN
-    return rnn.RNNConfig(VOCAB, VOCAB, 32, 32, units, HIDDEN, bidirectional=attention, attention=attention)
-
-
-def batch(rng, rows, length):
-    """Random symbols (rows, length), and the same in reverse order."""
-    source = rng.integers(FIRST, VOCAB, (rows, length))
-    return source, source[:, ::-1].copy()
-
-
-# -- training ----------------------------------------------------------------------------------------------------------
-
-
-def gru(w, name, x, state=None, *, reverse=False):
-    """torch's GRU with weights by attntune's names; x (batch, seq, features)."""
-    names = ("input.weight", "recurrent_weight", "input.bias", "recurrent_bias")
-    flat = [w[f"{name}.{part}"] for part in names]
-    start = x.new_zeros(1, x.shape[0], flat[1].shape[1]) if state is None else state[None]
-    y, last = torch._VF.gru(x.flip(1) if reverse else x, start, flat, True, 1, 0.0, True, False, True)
-    return (y.flip(1) if reverse else y), last[0]
-
-
-def rnn_logits(w, c, source, target):
-    """Logits (batch, seq, vocab) of either GRU."""
-    x = w["encoder.embedding"][source]
-    outputs, state = gru(w, "encoder.gru", x)
-    inputs = w["decoder.embedding"][target]
-    if not c.attention:
-        states, _ = gru(w, "decoder.gru", inputs, state)
-        return F.linear(states, w["decoder.output.weight"], w["decoder.output.bias"])
-    back, _ = gru(w, "encoder.reverse_gru", x, reverse=True)
-    memory = F.linear(outputs, w["encoder.memory.weight"], w["encoder.memory.bias"])
-    memory = memory + F.linear(back, w["encoder.reverse_memory.weight"])
-    states, _ = gru(w, "decoder.gru", inputs)
-    scores = torch.tanh(states[:, :, None] + memory[:, None]) @ w["decoder.scale"]
-    context = torch.softmax(scores, -1) @ memory
-    logits = F.linear(states, w["decoder.output.weight"], w["decoder.output.bias"])
-    return logits + F.linear(context, w["decoder.context.weight"])
-
-
-def transformer_logits(w, c, source, target):
-    """Logits (batch, seq, vocab) of the pre-norm Transformer."""
-
-    def linear(x, name):
-        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
-
-    def norm(x, name):
-        return F.layer_norm(x, (c.hidden_size,), w[f"{name}.weight"], w[f"{name}.bias"], c.eps)
-
-    def attend(q, k, v, name, causal=False):
-        q, k, v = (t.unflatten(-1, (c.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        return linear(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2), name)
-
-    def self_attention(x, at, causal):
-        packed = linear(norm(x, f"{at}attention_norm"), f"{at}attention.qkv")
-        return x + attend(*packed.chunk(3, -1), f"{at}attention.output", causal)
-
-    def feed_forward(x, at):
-        inner = torch.relu(linear(norm(x, f"{at}feed_forward_norm"), f"{at}feed_forward.up"))
-        return x + linear(inner, f"{at}feed_forward.down")
-
-    x = w["encoder.table"][source] + w["encoder.position"][: source.shape[1]]
-    for index in range(c.encoder_layers):
-        x = feed_forward(self_attention(x, f"encoder.layers.{index}.", False), f"encoder.layers.{index}.")
-    memory = norm(x, "encoder.norm")
-    x = w["decoder.table"][target] + w["decoder.position"][: target.shape[1]]
-    for index in range(c.decoder_layers):
-        at = f"decoder.layers.{index}."
-        x = self_attention(x, at, True)
-        query = linear(norm(x, f"{at}cross_attention_norm"), f"{at}cross_attention.query")
-        keys, values = (linear(memory, f"{at}cross_attention.{part}") for part in ("key", "value"))
-        x = feed_forward(x + attend(query, keys, values, f"{at}cross_attention.output"), at)
-    return F.linear(norm(x, "decoder.norm"), w["head.weight"])
-
-
-def train(kind, steps, rows, seed):
-    """Weights by name after ``steps`` batches of one length each, drawn up to the longest."""
-    c = config(kind)
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    w = {}
-    for name, shape in c.shapes().items():
-        if name.endswith("position"):
-            w[name] = torch.from_numpy(encoder_decoder.sinusoids(*shape))
-            continue
-        value = torch.randn(shape) / (shape[-1] ** 0.5 if len(shape) > 1 else 1.0)
-        if len(shape) == 1:
-            value = torch.ones(shape) if name.endswith("norm.weight") or name == "decoder.scale" else torch.zeros(shape)
-        w[name] = value.requires_grad_()
-    logits = transformer_logits if kind == "transformer" else rnn_logits
-    trained = [value for value in w.values() if value.requires_grad]
-    peak = 1e-3 if kind == "transformer" else 3e-3
-    optimizer = torch.optim.Adam(trained, lr=peak)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.1)
-    started = time.perf_counter()
-    for step in range(steps):
-        # Short sequences first: from the start at full length, neither GRU leaves the plateau within minutes.
-        most = min(LONGEST, 4 + int(LONGEST * 2 * step / steps))
-        source, target = batch(rng, rows, int(rng.integers(2, most + 1)))
-        given = np.concatenate([np.full((rows, 1), START), target], 1)
-        wanted = np.concatenate([target, np.full((rows, 1), STOP)], 1)
-        found = logits(w, c, torch.from_numpy(source), torch.from_numpy(given))
-        loss = F.cross_entropy(found.flatten(0, 1), torch.from_numpy(wanted).flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 200 == 0 or step == steps - 1:
-            print(f"{kind}: step {step}, loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True)
-    return {name: value.detach().numpy() for name, value in w.items()}
-
-
-def model(kind, weights):
-    """The attntune model."""
-    c = config(kind)
-    if kind != "transformer":
-        generation = Generation("rnn", start=(START,), stop=(STOP,))
-        built = rnn.build(c, weights, kind, generation=generation)
-        built.max_lengths = {}
-        return built
-    generation = Generation("encoder-decoder", start=(START,), stop=(STOP,), max_length=c.positions)
-    return encoder_decoder.build(c, weights, kind, family="transformer", generation=generation, shapes=())
-
-
-# -- measuring ---------------------------------------------------------------------------------------------------------
 
 
 def source_inputs(source):
@@ -202,37 +70,113 @@ def latencies(tuned, length, samples):
     return {"read_ms": read[3:], "token_ms": written}
 
 
-def plot(results, folder):
-    """Accuracy against length, and latency against length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for kind, label in KINDS.items():
-        rows = results["models"][kind]["accuracy"]
-        axis.plot([row["length"] for row in rows], [100 * row["tokens"] for row in rows], marker="o", label=label)
-    axis.set(xlabel="sequence length", ylabel="tokens right, %", ylim=(0, 102), title="Reversing a sequence")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(folder / "bottleneck-accuracy.png", dpi=150)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for axis, field, title in zip(
-        axes, ("read_ms", "token_ms"), ("Reading the source", "Writing one token"), strict=True
-    ):
-        for kind, label in KINDS.items():
-            rows = results["models"][kind]["latency"]
-            axis.plot([row["length"] for row in rows], [statistics.median(row[field]) for row in rows], marker="o",
-                      label=label)  # fmt: skip
-        axis.set(xlabel="source length", ylabel="ms", title=title, xscale="log", yscale="log")
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(folder / "bottleneck-latency.png", dpi=150)
+def measure_scaling(given):
+    """What threads bring to the entry encode of the three kinds, by width."""
+    target = Target.parse("native")
+    found = {}
+    for width in given.widths:
+        models = {}
+        for kind in KINDS:
+            c = config(kind, width, max(source for _, source in given.scaling))
+            models[kind] = model(kind, seeded_weights(c, given.seed), c)
+        found[str(width)] = scaling(
+            models, "encode", [{"batch": b, "source": s} for b, s in given.scaling], target, (1, given.threads),
+            rounds=given.rounds, turn_secs=0.1, most_calls=20, say=lambda line: print(line, flush=True),
+            seconds=given.seconds, database=given.out / "bottleneck-tuning.jsonl",
+        )  # fmt: skip
+    return found
 
 
-def main():
-    """Train, compile, measure, plot."""
+def plot_models(models, folder):
+    """Accuracy against length, and latency against length, of the trained models."""
+    lines = dict(zip(KINDS, (BLUE, ORANGE, GREEN), strict=True))
+    with picture(folder / "bottleneck-accuracy.png", (6, 4)) as figure:
+        axis = figure.subplots()
+        for kind, colour in lines.items():
+            rows = models[kind]["accuracy"]
+            axis.plot([row["length"] for row in rows], [100 * row["tokens"] for row in rows], marker="o", color=colour,
+                      label=KINDS[kind])  # fmt: skip
+        axis.set(xlabel="sequence length", ylabel="tokens right, %", ylim=(0, 102), title="Reversing a sequence")
+        axis.grid(visible=True, axis="y")
+        axis.legend()
+    with picture(folder / "bottleneck-latency.png", (10, 4)) as figure:
+        axes = figure.subplots(1, 2)
+        titles = {"read_ms": "Reading the source", "token_ms": "Writing one token"}
+        for axis, (field, title) in zip(axes, titles.items(), strict=True):
+            for kind, colour in lines.items():
+                rows = models[kind]["latency"]
+                axis.plot([row["length"] for row in rows], [statistics.median(row[field]) for row in rows], marker="o",
+                          color=colour, label=KINDS[kind])  # fmt: skip
+            axis.set(xlabel="source length", ylabel="ms (log scale)", title=title, xscale="log", yscale="log")
+            axis.set_xticks(SOURCES, [str(source) for source in SOURCES])
+            axis.minorticks_off()
+            plain_log_axis(axis.yaxis)
+            axis.grid(visible=True, axis="y")
+        axes[0].legend()
+
+
+def write_scaling(found, folder):
+    """The tables into the folder's README, and the plot."""
+    names = {width: f"Encoders {width} wide" for width in found}
+    for width, document in found.items():
+        section = scaling_section(document, KINDS, names[width])
+        update_page(folder / "README.md", f"scaling {width}", section, by="scripts/bottleneck")
+    plot_scaling({names[width]: document for width, document in found.items()}, KINDS, "source",
+                 folder / "bottleneck-scaling.png", batch=1)  # fmt: skip
+
+
+def learn(kind, given):
+    """Trained weights by name, from the folder of weights where they are there already."""
+    steps = given.steps * STEPS[kind]
+    stored = given.weights / f"{kind}-{steps}-{given.seed}.npz" if given.weights else None
+    if stored is not None and stored.is_file():
+        return dict(np.load(stored))
+    weights = train(kind, steps, given.rows, given.seed)
+    if stored is not None:
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(stored, **weights)
+    return weights
+
+
+def measure(kind, weights, given):
+    """Tune and compile the trained model; its accuracy and its latency at each length."""
+    built = model(kind, weights)
+    entries = [name for name in ("encode", "prefill", "decode") if name in built.entries]
+    shapes = [{"batch": b, "source": s, "seq": 16, "context": 64} for b, s in
+              [(64, LONGEST), *((1, s) for s in SOURCES)]]  # fmt: skip
+    shapes = [{name: size for name, size in shape.items() if kind == "transformer" or name != "context"}
+              for shape in shapes]  # fmt: skip
+    database = given.out / "bottleneck-tuning.jsonl"
+    if given.seconds:
+        attntune.tune(built, seconds=given.seconds, database=database, shapes=shapes[1:])
+    artifact = attntune.compile(built, shapes=shapes, entries=entries, database=database if given.seconds else None)
+    path = artifact.save(given.weights / f"{kind}.attn" if given.weights else given.out / f"{kind}.attn")
+    tuned = attntune.load(path)
+    found = {
+        "steps": given.steps * STEPS[kind],
+        "parameters": int(sum(value.size for value in weights.values())),
+        "accuracy": [
+            dict(zip(("length", "tokens", "sequences"), (n, *accuracy(tuned, n, 64, given.seed)), strict=True))
+            for n in LENGTHS
+        ],
+        "latency": [{"length": n, **latencies(tuned, n, 30)} for n in SOURCES],
+    }
+    for row in found["accuracy"]:
+        print(f"{kind}: length {row['length']}: {100 * row['tokens']:.1f} % of tokens", flush=True)
+    for row in found["latency"]:
+        print(f"{kind}: source {row['length']}: {statistics.median(row['read_ms']):.3f} ms to read, "
+              f"{statistics.median(row['token_ms']):.3f} ms a token", flush=True)  # fmt: skip
+    return found
+
+
+def shape(text):
+    """``8x512`` → (8, 512)."""
+    batch, _, source = text.partition("x")
+    return int(batch), int(source)
+
+
+def arguments(argv):
+    """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/bottleneck"), help="folder of the results")
     parser.add_argument(
@@ -240,60 +184,40 @@ def main():
     )
     parser.add_argument("--rows", type=int, default=64, help="sequences of a batch")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch, and those compared with one in scaling")
     parser.add_argument("--seconds", type=float, default=20.0, help="of tuning for each model; 0: default schedules")
     parser.add_argument("--weights", type=Path, help="folder of trained weights, kept there and used again")
-    parser.add_argument("--only", choices=list(KINDS), help="train this one into --weights and stop")
-    given = parser.parse_args()
+    parser.add_argument("--only", choices=[*KINDS, "scaling"],
+                        help="train this one into --weights and stop; or measure scaling alone")  # fmt: skip
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="of the encoders of scaling")
+    parser.add_argument("--scaling", type=shape, nargs="+", default=SCALING, help="shapes of scaling: 1x16 8x512 …")
+    parser.add_argument("--rounds", type=int, default=7, help="of scaling")
+    given = parser.parse_args(argv)
+    if given.only in KINDS and not given.weights:
+        parser.error(f"--only {given.only} needs --weights")
+    return given
+
+
+def main(argv=None):
+    """Train, compile, measure, plot."""
+    given = arguments(argv)
     torch.set_num_threads(given.threads)
-    if given.only and not given.weights:
-        parser.error("--only needs --weights")
+    if given.only in KINDS:
+        learn(given.only, given)
+        return
     given.out.mkdir(parents=True, exist_ok=True)
-    results = {
-        "task": "reverse", "symbols": SYMBOLS, "trained_up_to": LONGEST, "rows": given.rows, "seed": given.seed,
-        "versions": versions(), "models": {},
-    }  # fmt: skip
-    for kind in [given.only] if given.only else KINDS:
-        steps = given.steps * STEPS[kind]
-        stored = given.weights / f"{kind}-{steps}-{given.seed}.npz" if given.weights else None
-        if stored is not None and stored.is_file():
-            weights = dict(np.load(stored))
-        else:
-            weights = train(kind, steps, given.rows, given.seed)
-            if stored is not None:
-                stored.parent.mkdir(parents=True, exist_ok=True)
-                np.savez(stored, **weights)
-        if given.only:
-            continue
-        built = model(kind, weights)
-        entries = [name for name in ("encode", "prefill", "decode") if name in built.entries]
-        shapes = [{"batch": b, "source": s, "seq": 16, "context": 64} for b, s in
-                  [(64, LONGEST), *((1, s) for s in SOURCES)]]  # fmt: skip
-        shapes = [{name: size for name, size in shape.items() if kind == "transformer" or name != "context"}
-                  for shape in shapes]  # fmt: skip
-        database = given.out / "bottleneck-tuning.jsonl"
-        if given.seconds:
-            attntune.tune(built, seconds=given.seconds, database=database, shapes=shapes[1:])
-        artifact = attntune.compile(built, shapes=shapes, entries=entries, database=database if given.seconds else None)
-        path = artifact.save(given.weights / f"{kind}.attn" if given.weights else given.out / f"{kind}.attn")
-        tuned = attntune.load(path)
-        results["models"][kind] = {
-            "steps": steps,
-            "parameters": int(sum(value.size for value in weights.values())),
-            "accuracy": [
-                dict(zip(("length", "tokens", "sequences"), (n, *accuracy(tuned, n, 64, given.seed)), strict=True))
-                for n in LENGTHS
-            ],
-            "latency": [{"length": n, **latencies(tuned, n, 30)} for n in SOURCES],
-        }
-        for row in results["models"][kind]["accuracy"]:
-            print(f"{kind}: length {row['length']}: {100 * row['tokens']:.1f} % of tokens", flush=True)
-        for row in results["models"][kind]["latency"]:
-            print(f"{kind}: source {row['length']}: {statistics.median(row['read_ms']):.3f} ms to read, "
-                  f"{statistics.median(row['token_ms']):.3f} ms a token", flush=True)  # fmt: skip
-    if not given.only:
-        (given.out / "bottleneck.json").write_text(json.dumps(results, indent=1))
-        plot(results, given.out)
+    path = given.out / "bottleneck.json"
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    if given.only is None:
+        results |= {
+            "task": "reverse", "symbols": SYMBOLS, "trained_up_to": LONGEST, "rows": given.rows, "seed": given.seed,
+            "versions": dict(versions()), "models": {kind: measure(kind, learn(kind, given), given) for kind in KINDS},
+        }  # fmt: skip
+    results["scaling"] = {**results.get("scaling", {}), **measure_scaling(given)}
+    path.write_text(json.dumps(results, indent=1))
+    if "models" in results:
+        plot_models(results["models"], given.out)
+    write_scaling(results["scaling"], given.out)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,21 +12,16 @@ from typing import Any
 from attntune.compiler import compile
 from attntune.database.query import Database
 from attntune.engines.compare import CompareOptions, compare
-from attntune.engines.comparison import BASELINE, Comparison
-from attntune.engines.engine import ModelSource
-from attntune.errors import EngineError
-from attntune.interop import evaluate, sample_inputs
+from attntune.engines.comparison import Comparison
+from attntune.engines.interleaved import Contender, interleaved
 from attntune.measure.machine import machine_state
-from attntune.measure.worker import IsolatedProcess
 from attntune.models.bert import PRESETS, random_model
 from attntune.target import Target
 from attntune.tuner import tune
 
 Say = Callable[[str], None]
 
-_TIMEOUT_SECS = 600.0
 _TURN_SECS = 0.25
-_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -128,58 +122,14 @@ def tuning(
             "default_over_tuned": [r.speedup for r in summary.results if r.speedup], "summary": summary.to_json(),
         })  # fmt: skip
         databases[f"seed {seed}"] = Database(journal, shipped=False)
-    artifacts = {}
+    contenders = {}
     for name, database in databases.items():
         say(f"compiling {name}")
-        artifacts[name] = compile(model, target=target, shapes=shapes, entries=["forward"], database=database)
+        artifact = compile(model, target=target, shapes=shapes, entries=["forward"], database=database)
+        contenders[name] = Contender(model, artifact, target.cores)
     return {
         "model": model.name, "threads": target.cores, "shapes": [f"{b}×{s}" for b, s in shapes], "runs": runs,
-        "end_to_end": _interleaved(model, artifacts, dims, target, rounds, say), "machine": state,
+        "end_to_end": interleaved(contenders, dims, rounds=rounds, turn_secs=_TURN_SECS, say=say), "machine": state,
         "settings": {"seconds": seconds, "rounds": rounds, "turn_secs": _TURN_SECS},
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
-
-
-def _interleaved(
-    model: Any,
-    artifacts: Mapping[str, Any],
-    shapes: Sequence[Mapping[str, int]],
-    target: Target,
-    rounds: int,
-    say: Say,
-) -> list[dict[str, Any]]:
-    """Several artifacts of one model in turns, each in a process of its own."""
-    import numpy as np
-
-    session = "attntune.engines.session"
-    outputs = tuple(spec.name for spec in model.entries["forward"].outputs)
-    found = []
-    with contextlib.ExitStack() as stack:
-        processes = {}
-        for name, artifact in artifacts.items():
-            process = stack.enter_context(IsolatedProcess(threads=target.cores))
-            source = ModelSource("forward", outputs, artifact=str(artifact.folder))
-            process.call(f"{session}:open_engine", BASELINE, source, target.cores, timeout_secs=_TIMEOUT_SECS)
-            processes[name] = process
-        for dims in shapes:
-            label = "×".join(str(size) for size in dims.values())
-            say(f"{label}: {rounds} rounds of {', '.join(artifacts)}")
-            inputs = sample_inputs(model, dims, entry="forward")
-            expected = evaluate(model, inputs, "forward")
-            calls = {}
-            for name, process in processes.items():
-                got, _, secs = process.call(f"{session}:outputs", label, dict(inputs), timeout_secs=_TIMEOUT_SECS)
-                for key, values in expected.items():
-                    error = float(np.abs(got[key] - values).max())
-                    if not error <= _TOLERANCE * max(1.0, float(np.abs(values).max())):
-                        raise EngineError(f"{name} at {label}: {key} is off by {error:.3g}")
-                calls[name] = max(3, min(200, round(_TURN_SECS / secs)))
-            turns: dict[str, list[list[float]]] = {name: [] for name in processes}
-            for turn in range(rounds):
-                for name in processes if turn % 2 == 0 else reversed(processes):
-                    time.sleep(0.05)
-                    turns[name].append(
-                        processes[name].call(f"{session}:turn", label, 2, calls[name], timeout_secs=_TIMEOUT_SECS)
-                    )
-            found.append({"shape": label, "rounds": turns})
-    return found

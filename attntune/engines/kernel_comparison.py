@@ -25,7 +25,7 @@ from attntune.engines.comparison import Outcome, Ratio, paired_ratio
 from attntune.engines.kernel_engines import KERNEL_ENGINES, KernelEngine, KernelSource
 from attntune.errors import AttntuneError, EngineError
 from attntune.kernel_cache import KernelCache
-from attntune.measure.machine import machine_state, measure_peaks
+from attntune.measure.machine import better_peaks, machine_state, measure_peaks
 from attntune.measure.worker import IsolatedProcess
 from attntune.ops import Workload, workload_from_key
 from attntune.target import Target
@@ -264,17 +264,11 @@ def compare_kernels(
             with tempfile.TemporaryDirectory(prefix="attntune-") as scratch:
                 results += _run_case(case, processes, kernels, target, options, say, scratch)
     say("measuring the machine's peaks again")
+    best = better_peaks(before, peaks(target))
     return KernelComparison(
-        suite, target.cores, tuple(results), info, _better(before, peaks(target)),
+        suite, target.cores, tuple(results), info, best,
         {**dataclasses.asdict(options), "left_out": left_out}, state, datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
-
-
-def _better(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: {k: max(v, b[key][k]) for k, v in value.items()} if isinstance(value, Mapping) else max(value, b[key])
-        for key, value in a.items()
-    }
 
 
 def _run_case(

@@ -131,6 +131,14 @@ def measure_peaks(target: Target) -> dict[str, Any]:
     return dict(peaks)
 
 
+def better_peaks(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """The higher of each limit in two results of :func:`measure_peaks`: a peak is what an undisturbed machine does."""
+    return {
+        key: {k: max(v, b[key][k]) for k, v in value.items()} if isinstance(value, Mapping) else max(value, b[key])
+        for key, value in a.items()
+    }
+
+
 def cached_peaks(target: Target, *, measure: bool = True, refresh: bool = False) -> dict[str, Any] | None:
     """:func:`measure_peaks`, remembered in the user's cache directory by CPU model, architecture and cores.
 

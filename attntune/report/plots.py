@@ -121,7 +121,7 @@ def _latency_panel(
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.set_ylim(low / 1.15, high * 1.25)
-    _plain_log_axis(axes.yaxis)
+    plain_log_axis(axes.yaxis)
     axes.set_ylabel("latency, ms (log scale)")
     axes.set_title("Latency: median and interquartile range")
     _case_axis(axes, cases)
@@ -162,7 +162,7 @@ def _case_axis(axes: Any, cases: Sequence[Any]) -> None:
     axes.tick_params(axis="x", length=0)
 
 
-def _plain_log_axis(axis: Any) -> None:
+def plain_log_axis(axis: Any) -> None:
     """10, 20, 50 rather than 10¹."""
     from matplotlib import ticker
 
