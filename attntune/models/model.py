@@ -72,6 +72,8 @@ class Generation:
     """Tokens a sequence may have, prompt included; 0: no limit but the cache's."""
     suppress: tuple[int, ...] = ()
     """Tokens that are never generated."""
+    suppress_first: tuple[int, ...] = ()
+    """Tokens that are not generated first; Whisper's keep a transcript from being blank."""
 
 
 @dataclass(frozen=True)

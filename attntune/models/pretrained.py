@@ -36,7 +36,7 @@ def _load_gpt2(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dir
 def _load_whisper(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory: Path) -> Model:
     from attntune.models import whisper
 
-    return whisper.load_huggingface(fields, tensors, directory)
+    return whisper.load_huggingface(fields, tensors, directory, _name(fields, directory))
 
 
 def _stop(fields: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
@@ -179,6 +179,7 @@ def _download(hub_id: str) -> Path:
         "*.safetensors.index.json",
         "tokenizer*.json",
         "generation_config.json",
+        "preprocessor_config.json",
         "modules.json",
         "1_Pooling/*",
     ]

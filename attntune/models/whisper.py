@@ -6,14 +6,17 @@ The encoder always hears 30 seconds, shorter recordings padded with silence, as 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from attntune.errors import ModelError
+from attntune.models.audio import HOP, SAMPLE_RATE, SECONDS, WINDOW
 from attntune.models.bert import ACTIVATIONS
+from attntune.models.config import choose, integers, require_fields, unsupported
 from attntune.models.ctranslate2 import read_ctranslate2
 from attntune.models.encoder_decoder import EncoderDecoderConfig, build
 from attntune.models.model import Generation, Model
@@ -24,6 +27,8 @@ FAMILY = "whisper"
 _BATCHES, _PROMPT = (1, 5), 4
 #: CTranslate2's activations by number (``ActivationType`` of its ``common_spec.py``).
 _CTRANSLATE2_ACTIVATIONS = {0: "relu", 1: "gelu_tanh", 2: "silu", 3: "gelu"}
+#: Frames of the spectrogram for each row of the encoder: its second convolution has stride 2.
+_FRAMES = 2
 
 
 def load_ctranslate2(directory: Path) -> Model:
@@ -41,21 +46,42 @@ def load_ctranslate2(directory: Path) -> Model:
     numbers = {name: int(array) for name, array in found.tensors.items() if not array.ndim}
     config = _from_ctranslate2(tensors, numbers)
     fields = _json(directory / "config.json")
-    suppress = tuple(int(token) for token in fields.get("suppress_ids", ()))
-    return _model(config, _rename_ctranslate2(config, tensors), directory, _name(directory), suppress)
+    settings = {
+        "suppress_tokens": fields.get("suppress_ids"),
+        "begin_suppress_tokens": fields.get("suppress_ids_begin"),
+    }
+    name = directory.resolve().name
+    return _model(
+        config, _rename_ctranslate2(config, tensors), directory, "whisper" if name == "model" else name, settings
+    )
 
 
-def load_huggingface(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory: Path) -> Model:
-    """Whisper from a Hugging Face directory's ``config.json`` and tensors.
+def load_huggingface(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory: Path, name: str) -> Model:
+    """Whisper from a Hugging Face directory: ``config.json``, its tensors, ``tokenizer.json``.
+
+    ``generation_config.json`` goes before ``config.json`` in what it says of generation; what
+    ``preprocessor_config.json`` says of the spectrogram must be what is computed here.
+
+    Args:
+        fields: of ``config.json``.
+        tensors: by the names of the file.
+        directory: where the other files are looked for.
+        name: of the model.
 
     Raises:
         ModelError: naming what is missing, unknown, mis-shaped or unsupported.
     """
     config = config_from_json(fields)
-    generation = {**fields, **_json(directory / "generation_config.json")}
-    suppress = tuple(int(token) for token in generation.get("suppress_tokens") or () if token >= 0)
-    name = str(fields.get("_name_or_path") or directory.resolve().name).rstrip("/").rsplit("/", 1)[-1]
-    return _model(config, _rename_huggingface(config, tensors), directory, name, suppress)
+    expected = {
+        "feature_size": config.mels, "sampling_rate": SAMPLE_RATE, "n_fft": WINDOW, "hop_length": HOP,
+        "chunk_length": SECONDS,
+    }  # fmt: skip
+    heard = _json(directory / "preprocessor_config.json")
+    for field, value in expected.items():
+        if heard.get(field, value) != value:
+            raise unsupported(field, heard[field], value, "preprocessor_config.json")
+    settings = {**fields, **_json(directory / "generation_config.json")}
+    return _model(config, _rename_huggingface(config, tensors), directory, name, settings)
 
 
 def config_from_json(fields: Mapping[str, Any]) -> EncoderDecoderConfig:
@@ -64,73 +90,100 @@ def config_from_json(fields: Mapping[str, Any]) -> EncoderDecoderConfig:
     Raises:
         ModelError: naming the field that is missing or asks for something unsupported.
     """
-    needed = (
+    require_fields(
+        fields, FAMILY,
         "d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads",
         "encoder_ffn_dim", "decoder_ffn_dim", "vocab_size", "num_mel_bins", "max_source_positions",
         "max_target_positions", "activation_function",
     )  # fmt: skip
-    if missing := [name for name in needed if name not in fields]:
-        raise ModelError(f"config.json of a whisper model lacks {missing}")
     for encoder, decoder in (
         ("encoder_attention_heads", "decoder_attention_heads"),
         ("encoder_ffn_dim", "decoder_ffn_dim"),
     ):
         if fields[encoder] != fields[decoder]:
-            raise ModelError(
-                f"config.json: {decoder} {fields[decoder]} is not supported; expected {encoder}, {fields[encoder]}"
-            )
+            raise unsupported(decoder, fields[decoder], f"{encoder} {fields[encoder]}")
     for name, expected in (("scale_embedding", False), ("tie_word_embeddings", True)):
         if fields.get(name, expected) is not expected:
-            raise ModelError(f"config.json: {name} {fields[name]!r} is not supported; expected {expected}")
-    if fields["activation_function"] not in ACTIVATIONS:
-        raise ModelError(
-            f"config.json: activation_function {fields['activation_function']!r} is not supported; "
-            f"expected one of {sorted(ACTIVATIONS)}"
-        )
+            raise unsupported(name, fields[name], expected)
+    hidden, heads = fields["d_model"], fields["encoder_attention_heads"]
+    if hidden % heads:
+        raise unsupported("encoder_attention_heads", heads, f"a divisor of d_model {hidden}")
+    if fields["max_source_positions"] * _FRAMES * HOP != SECONDS * SAMPLE_RATE:
+        raise unsupported(
+            "max_source_positions", fields["max_source_positions"], SECONDS * SAMPLE_RATE // HOP // _FRAMES
+        )  # fmt: skip
     return EncoderDecoderConfig(
         vocab_size=fields["vocab_size"],
-        hidden_size=fields["d_model"],
-        heads=fields["encoder_attention_heads"],
+        hidden_size=hidden,
+        heads=heads,
         encoder_layers=fields["encoder_layers"],
         decoder_layers=fields["decoder_layers"],
         inner=fields["encoder_ffn_dim"],
         source_positions=fields["max_source_positions"],
         positions=fields["max_target_positions"],
         mels=fields["num_mel_bins"],
-        activation=ACTIVATIONS[fields["activation_function"]],
+        activation=choose(fields, "activation_function", ACTIVATIONS),
         norm_first=True,
     )
 
 
 def _model(
-    config: EncoderDecoderConfig, weights: dict[str, np.ndarray], directory: Path, name: str, suppress: tuple[int, ...]
+    config: EncoderDecoderConfig,
+    weights: dict[str, np.ndarray],
+    directory: Path,
+    name: str,
+    settings: Mapping[str, Any],
 ) -> Model:
-    start, stop = _special_tokens(directory)
     model = build(
-        config, weights, name, family=FAMILY,
-        generation=Generation(
-            "encoder-decoder", start=start, stop=stop, max_length=config.positions,
-            suppress=tuple(token for token in suppress if token < config.vocab_size),
-        ),
+        config, weights, name, family=FAMILY, generation=_generation(config, directory, settings),
         shapes=[{"batch": batch, "seq": _PROMPT, "context": config.positions} for batch in _BATCHES],
     )  # fmt: skip
     model.directory = directory
     return model
 
 
-def _special_tokens(directory: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the decoder starts with (English, transcription, no times) and stops at, from ``tokenizer.json``."""
-    added = {
-        token["content"]: int(token["id"]) for token in _json(directory / "tokenizer.json").get("added_tokens", ())
-    }
-    names = ["<|startoftranscript|>", "<|notimestamps|>"]
-    if missing := [name for name in (*names, "<|endoftext|>") if name not in added]:
-        raise ModelError(f"{directory / 'tokenizer.json'} lacks the tokens {missing}")
-    # A model of many languages is told which; English ones have no such prompt. Only the former put the end of text
-    # before 50257, the number of GPT-2's byte pairs.
-    if added["<|endoftext|>"] >= 50257:
-        names[1:1] = ["<|en|>", "<|transcribe|>"]
-    return tuple(added[name] for name in names), (added["<|endoftext|>"],)
+def _generation(config: EncoderDecoderConfig, directory: Path, settings: Mapping[str, Any]) -> Generation:
+    """What the decoder starts with, stops at and never writes.
+
+    Args:
+        config: of the model.
+        directory: with ``tokenizer.json``, whose special tokens hold where ``settings`` say nothing.
+        settings: as in Hugging Face's ``generation_config.json``.
+    """
+    tokenizer = directory / "tokenizer.json"
+    added = {token["content"]: int(token["id"]) for token in _json(tokenizer).get("added_tokens", ())}
+
+    def token(content: str, field: str = "") -> int:
+        found = settings.get(field)
+        found = added.get(content) if found is None else found
+        if found is None:
+            what = f", or {field} in generation_config.json" if field else ""
+            raise ModelError(f"expected {content} among the added_tokens of {tokenizer}{what}")
+        return int(found)
+
+    def allowed(field: str) -> tuple[int, ...]:
+        # -1 stands for OpenAI's own list in some configs; those that hold it give no list.
+        return tuple(each for each in integers(settings.get(field)) if 0 <= each < config.vocab_size)
+
+    stop = integers(settings.get("eos_token_id")) or (token("<|endoftext|>"),)
+    # A model of many languages is told language and task; English ones know neither. Only the former put the end of
+    # text behind 50256, the last of GPT-2's byte pairs.
+    forced: list[int] = []
+    if stop[0] > 50256:
+        language = str(settings.get("language") or "en").strip("<|>")
+        forced = [token(f"<|{language}|>"), token(f"<|{settings.get('task') or 'transcribe'}|>")]
+    for position, value in settings.get("forced_decoder_ids") or ():
+        # No value: to be detected from the sound, which is not done here.
+        if value is not None:
+            forced[position - 1 : position] = [int(value)]
+    times = token("<|notimestamps|>", "no_timestamps_token_id")
+    if times not in forced:
+        forced.append(times)
+    start = (token("<|startoftranscript|>", "decoder_start_token_id"), *forced)
+    return Generation(
+        "encoder-decoder", start=start, stop=stop, max_length=config.positions,
+        suppress=allowed("suppress_tokens"), suppress_first=allowed("begin_suppress_tokens"),
+    )  # fmt: skip
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -146,17 +199,104 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _name(directory: Path) -> str:
-    found = directory.resolve().name
-    return "whisper" if found == "model" else found
-
-
 # -- names -------------------------------------------------------------------------------------------------------------
 
+#: What a format calls our tensors, by what is left of our name without side and number. ``{scale}`` is a norm's
+#: ``{end}`` (weight or bias).
+_CTRANSLATE2_NAMES = {
+    "position": "{side}/position_encodings/encodings",
+    "table": "{side}/embeddings/weight",
+    "head": "decoder/projection/{end}",
+    "projection": "{side}/conv{number}/{end}",
+    "norm": "{side}/layer_norm/{scale}",
+    "attention_norm": "{side}/layer_{index}/self_attention/layer_norm/{scale}",
+    "attention.qkv": "{side}/layer_{index}/self_attention/linear_0/{end}",
+    "attention.output": "{side}/layer_{index}/self_attention/linear_1/{end}",
+    "cross_attention_norm": "{side}/layer_{index}/attention/layer_norm/{scale}",
+    "cross_attention.query": "{side}/layer_{index}/attention/linear_0/{end}",
+    "cross_attention.key": "{side}/layer_{index}/attention/linear_1/{end}",
+    "cross_attention.value": "{side}/layer_{index}/attention/linear_1/{end}",
+    "cross_attention.output": "{side}/layer_{index}/attention/linear_2/{end}",
+    "feed_forward_norm": "{side}/layer_{index}/ffn/layer_norm/{scale}",
+    "feed_forward.up": "{side}/layer_{index}/ffn/linear_0/{end}",
+    "feed_forward.down": "{side}/layer_{index}/ffn/linear_1/{end}",
+}
+_HUGGINGFACE_NAMES = {
+    "position": "{side}.embed_positions.weight",
+    "table": "{side}.embed_tokens.weight",
+    "head": "decoder.embed_tokens.{end}",
+    "projection": "{side}.conv{number}.{end}",
+    "norm": "{side}.layer_norm.{end}",
+    "attention_norm": "{side}.layers.{index}.self_attn_layer_norm.{end}",
+    "attention.qkv": "{side}.layers.{index}.self_attn.[qkv]_proj.{end}",
+    "attention.output": "{side}.layers.{index}.self_attn.out_proj.{end}",
+    "cross_attention_norm": "{side}.layers.{index}.encoder_attn_layer_norm.{end}",
+    "cross_attention.query": "{side}.layers.{index}.encoder_attn.q_proj.{end}",
+    "cross_attention.key": "{side}.layers.{index}.encoder_attn.k_proj.{end}",
+    "cross_attention.value": "{side}.layers.{index}.encoder_attn.v_proj.{end}",
+    "cross_attention.output": "{side}.layers.{index}.encoder_attn.out_proj.{end}",
+    "feed_forward_norm": "{side}.layers.{index}.final_layer_norm.{end}",
+    "feed_forward.up": "{side}.layers.{index}.fc1.{end}",
+    "feed_forward.down": "{side}.layers.{index}.fc2.{end}",
+}
+_OURS = re.compile(
+    r"(?:(?P<side>encoder|decoder)\.)?(?:(?:layers|stem)\.(?P<index>\d+)\.)?(?P<part>[a-z_.]+?)(?:\.(?P<end>weight|bias))?"
+)
 
-def _stem(weight: np.ndarray) -> np.ndarray:
-    """A convolution's weight (features, channels, kernel) as a product's (features, kernel·channels)."""
-    return np.ascontiguousarray(weight.transpose(0, 2, 1)).reshape(len(weight), -1)
+
+def _renamed(
+    c: EncoderDecoderConfig, names: Mapping[str, str], take: Callable[..., np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Every weight under our name; ``take(part, theirs, *shape)`` gives one of the format's."""
+    weights = {}
+    for name, shape in c.shapes().items():
+        found = _OURS.fullmatch(name)
+        assert found is not None, name
+        part, end = found["part"], found["end"]
+        theirs = names[part].format(
+            side=found["side"], index=found["index"], number=int(found["index"] or 0) + 1, end=end,
+            scale={"weight": "gamma", "bias": "beta"}.get(end),
+        )  # fmt: skip
+        if part == "projection" and end == "weight":
+            # A convolution's weight (features, channels, kernel) as a product's (features, kernel·channels).
+            kernel = take(part, theirs, shape[0], shape[1] // 3, 3).transpose(0, 2, 1)
+            weights[name] = np.ascontiguousarray(kernel).reshape(shape)
+        else:
+            weights[name] = take(part, theirs, *shape)
+    return weights
+
+
+def _rename_ctranslate2(c: EncoderDecoderConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    checkpoint = Checkpoint(tensors, "model.bin")
+
+    def take(part: str, theirs: str, rows: int, *columns: int) -> np.ndarray:
+        if part not in ("cross_attention.key", "cross_attention.value"):
+            return checkpoint.take(theirs, rows, *columns)
+        both = checkpoint.take(theirs, 2 * rows, *columns)
+        return np.ascontiguousarray(both[:rows] if part.endswith("key") else both[rows:])
+
+    weights = _renamed(c, _CTRANSLATE2_NAMES, take)
+    checkpoint.check(ignored=("alignment_heads",))
+    return weights
+
+
+def _rename_huggingface(c: EncoderDecoderConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    prefix = "model." if any(name.startswith("model.") for name in tensors) else ""
+    checkpoint = Checkpoint(tensors)
+
+    def take(part: str, theirs: str, rows: int, *columns: int) -> np.ndarray:
+        if part == "attention.qkv":
+            each = (take("", theirs.replace("[qkv]", letter), rows // 3, *columns) for letter in "qkv")
+            return np.concatenate([*each])
+        # Keys have no bias: softmax does not see what is added to all scores of a query.
+        if theirs.endswith("k_proj.bias"):
+            return np.zeros(rows, np.float32)
+        return checkpoint.take(prefix + theirs, rows, *columns)
+
+    weights = _renamed(c, _HUGGINGFACE_NAMES, take)
+    weights["head.weight"] = weights["decoder.table"]
+    checkpoint.check(ignored=("proj_out.weight",))
+    return weights
 
 
 def _from_ctranslate2(tensors: Mapping[str, np.ndarray], numbers: Mapping[str, int]) -> EncoderDecoderConfig:
@@ -195,102 +335,3 @@ def _from_ctranslate2(tensors: Mapping[str, np.ndarray], numbers: Mapping[str, i
         )
     except KeyError as error:
         raise ModelError(f"model.bin: {error} is missing") from None
-
-
-_CTRANSLATE2_NAMES = {
-    "attention_norm": "self_attention/layer_norm",
-    "attention.qkv": "self_attention/linear_0",
-    "attention.output": "self_attention/linear_1",
-    "cross_attention_norm": "attention/layer_norm",
-    "cross_attention.query": "attention/linear_0",
-    "cross_attention.output": "attention/linear_2",
-    "feed_forward_norm": "ffn/layer_norm",
-    "feed_forward.up": "ffn/linear_0",
-    "feed_forward.down": "ffn/linear_1",
-}
-
-
-def _rename_ctranslate2(c: EncoderDecoderConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    h = c.hidden_size
-    checkpoint = Checkpoint(tensors, "model.bin")
-    take = checkpoint.take
-    weights = {
-        "encoder.position": take("encoder/position_encodings/encodings", c.source_positions, h),
-        "decoder.table": take("decoder/embeddings/weight", c.vocab_size, h),
-        "decoder.position": take("decoder/position_encodings/encodings", c.positions, h),
-        "head.weight": take("decoder/projection/weight", c.vocab_size, h),
-    }
-    for index, channels in enumerate((c.mels, h)):
-        at, theirs = f"encoder.stem.{index}.projection.", f"encoder/conv{index + 1}/"
-        weights[f"{at}weight"] = _stem(take(f"{theirs}weight", h, channels, 3))
-        weights[f"{at}bias"] = take(f"{theirs}bias", h)
-    for name, shape in c.shapes().items():
-        if name in weights:
-            continue
-        *path, end = name.split(".")
-        if path[1] == "norm":
-            weights[name] = take(f"{path[0]}/layer_norm/{'gamma' if end == 'weight' else 'beta'}", h)
-            continue
-        part, at = ".".join(path[3:]), f"{path[0]}/layer_{path[2]}/"
-        if part in ("cross_attention.key", "cross_attention.value"):
-            both = take(f"{at}attention/linear_1/{end}", 2 * h, *shape[1:])
-            weights[name] = np.ascontiguousarray(both[:h] if part.endswith("key") else both[h:])
-            continue
-        if part.endswith("norm"):
-            end = "gamma" if end == "weight" else "beta"
-        weights[name] = take(f"{at}{_CTRANSLATE2_NAMES[part]}/{end}", *shape)
-    checkpoint.check(ignored=("alignment_heads",))
-    return weights
-
-
-_HUGGINGFACE_NAMES = {
-    "attention_norm": "self_attn_layer_norm",
-    "attention.output": "self_attn.out_proj",
-    "cross_attention_norm": "encoder_attn_layer_norm",
-    "cross_attention.query": "encoder_attn.q_proj",
-    "cross_attention.key": "encoder_attn.k_proj",
-    "cross_attention.value": "encoder_attn.v_proj",
-    "cross_attention.output": "encoder_attn.out_proj",
-    "feed_forward_norm": "final_layer_norm",
-    "feed_forward.up": "fc1",
-    "feed_forward.down": "fc2",
-}
-
-
-def _rename_huggingface(c: EncoderDecoderConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    h = c.hidden_size
-    prefix = "model." if any(name.startswith("model.") for name in tensors) else ""
-    checkpoint = Checkpoint(tensors)
-
-    def take(name: str, *shape: int) -> np.ndarray:
-        # Keys have no bias: softmax does not see what is added to all scores of a query.
-        if name.endswith("k_proj.bias"):
-            return np.zeros(shape, np.float32)
-        return checkpoint.take(prefix + name, *shape)
-
-    table = take("decoder.embed_tokens.weight", c.vocab_size, h)
-    weights = {
-        "encoder.position": take("encoder.embed_positions.weight", c.source_positions, h),
-        "decoder.table": table,
-        "decoder.position": take("decoder.embed_positions.weight", c.positions, h),
-        "head.weight": table,
-    }
-    for index, channels in enumerate((c.mels, h)):
-        at, theirs = f"encoder.stem.{index}.projection.", f"encoder.conv{index + 1}."
-        weights[f"{at}weight"] = _stem(take(f"{theirs}weight", h, channels, 3))
-        weights[f"{at}bias"] = take(f"{theirs}bias", h)
-    for name, shape in c.shapes().items():
-        if name in weights:
-            continue
-        *path, end = name.split(".")
-        if path[1] == "norm":
-            weights[name] = take(f"{path[0]}.layer_norm.{end}", h)
-            continue
-        part, at = ".".join(path[3:]), f"{path[0]}.layers.{path[2]}."
-        if part == "attention.qkv":
-            each = (h, *shape[1:])
-            weights[name] = np.concatenate([take(f"{at}self_attn.{letter}_proj.{end}", *each) for letter in "qkv"])
-        else:
-            weights[name] = take(f"{at}{_HUGGINGFACE_NAMES[part]}.{end}", *shape)
-    checkpoint.check(ignored=("proj_out.weight",))
-    return weights

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from attntune.runtime.sampling import log_softmax
+from attntune.runtime.sampling import Suppressed, log_softmax
 from attntune.runtime.sequences import Sequences
 
 
@@ -42,7 +42,7 @@ class _Search:
 
 
 def beam_search(
-    sequences: Sequences, beams: int, longest: int, stop: Collection[int], suppress: Collection[int],
+    sequences: Sequences, beams: int, longest: int, stop: Collection[int], suppressed: Suppressed,
     length_penalty: float,
 ) -> list[list[tuple[float, tuple[int, ...]]]]:  # fmt: skip
     """Finished sequences of each prompt, best first: score, and tokens with the stop token where one was written.
@@ -57,8 +57,8 @@ def beam_search(
     logits = sequences.begin()
     for length in range(1, longest + 1):
         chances = log_softmax(logits).reshape(prompts, beams, -1)
-        if suppress:
-            chances[:, :, list(suppress)] = -np.inf
+        if never := suppressed.at(length - 1):
+            chances[:, :, never] = -np.inf
         vocab = chances.shape[-1]
         parents, following = np.arange(sequences.rows), np.zeros(sequences.rows, np.int64)
         for p, search in enumerate(searches):

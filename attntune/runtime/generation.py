@@ -11,7 +11,7 @@ import numpy as np
 
 from attntune.errors import InputError
 from attntune.runtime.beam import beam_search
-from attntune.runtime.sampling import Sampler, Sampling
+from attntune.runtime.sampling import Sampler, Sampling, Suppressed
 from attntune.runtime.sequences import Sequences
 
 
@@ -72,16 +72,16 @@ def stream(
     timings: Generated | None = None,
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
     """Pairs of row and new token as they are written; see :func:`generate`, whose errors come at once."""
-    ends, suppress = _settings(tuned, prompts, max_new_tokens, stop)
+    ends, suppressed = _settings(tuned, prompts, max_new_tokens, stop)
     timings = timings or Generated([])
     start = time.perf_counter()
     sequences = Sequences(tuned, prompts, source, max_new_tokens)
     timings.prefill_secs = time.perf_counter() - start
-    return _stream(sequences, Sampler(sampling or Sampling(), len(prompts)), max_new_tokens, ends, suppress, timings)
+    return _stream(sequences, Sampler(sampling or Sampling(), len(prompts)), max_new_tokens, ends, suppressed, timings)
 
 
 def _stream(
-    sequences: Sequences, sampler: Sampler, longest: int, ends: frozenset[int], suppress: list[int],
+    sequences: Sequences, sampler: Sampler, longest: int, ends: frozenset[int], suppressed: Suppressed,
     timings: Generated,
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
     start = time.perf_counter()
@@ -89,9 +89,9 @@ def _stream(
     timings.prefill_secs += time.perf_counter() - start
     going = np.ones(sequences.rows, bool)
     for step in range(longest):
-        if suppress:
+        if never := suppressed.at(step):
             logits = np.array(logits)
-            logits[:, suppress] = -np.inf
+            logits[:, never] = -np.inf
         tokens = sampler(logits)
         going &= ~np.isin(tokens, list(ends))
         for row in np.flatnonzero(going):
@@ -110,12 +110,12 @@ def _by_beams(
 ) -> Generated:  # fmt: skip
     if sampling is not None and sampling.temperature > 0:
         raise InputError("expected either beams or a temperature, got both")
-    ends, suppress = _settings(tuned, prompts, longest, stop)
+    ends, suppressed = _settings(tuned, prompts, longest, stop)
     start = time.perf_counter()
     repeated = [prompt for prompt in prompts for _ in range(beams)]
     sources = {name: np.repeat(values, beams, axis=0) for name, values in (source or {}).items()}
     sequences = Sequences(tuned, repeated, sources, longest)
-    found = beam_search(sequences, beams, longest, ends, suppress, length_penalty)
+    found = beam_search(sequences, beams, longest, ends, suppressed, length_penalty)
     best = [options[0] for options in found]
     return Generated(
         [[token for token in tokens if token not in ends] for _, tokens in best], [score for score, _ in best],
@@ -125,7 +125,7 @@ def _by_beams(
 
 def _settings(
     tuned: Any, prompts: Sequence[Sequence[int]], longest: int, stop: Sequence[int] | None
-) -> tuple[frozenset[int], list[int]]:
+) -> tuple[frozenset[int], Suppressed]:
     generation = tuned.manifest.get("generation")
     if not generation:
         raise InputError(f"{tuned.manifest['name']} does not write text; its entries are {sorted(tuned.entries)}")
@@ -135,4 +135,6 @@ def _settings(
         raise InputError("expected at least one prompt")
     if longest < 1:
         raise InputError(f"expected max_new_tokens of at least 1, got {longest}")
-    return frozenset(generation["stop"] if stop is None else stop), list(generation["suppress"])
+    # Artifacts of before have no such list.
+    suppressed = Suppressed(tuple(generation["suppress"]), tuple(generation.get("suppress_first", ())))
+    return frozenset(generation["stop"] if stop is None else stop), suppressed

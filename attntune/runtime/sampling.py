@@ -35,6 +35,19 @@ class Sampling:
             raise InputError(f"expected top_p within (0, 1], got {self.top_p}")
 
 
+@dataclass(frozen=True)
+class Suppressed:
+    """Tokens that are not written."""
+
+    always: tuple[int, ...] = ()
+    first: tuple[int, ...] = ()
+    """Not as the first."""
+
+    def at(self, step: int) -> list[int]:
+        """Those not to be written after ``step`` others."""
+        return [*self.always, *(self.first if step == 0 else ())]
+
+
 class Sampler:
     """Draws one token for each row of logits."""
 

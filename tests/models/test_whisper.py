@@ -1,4 +1,4 @@
-"""Whisper tiny.en in CTranslate2's format: what it hears, its front end, its states against PyTorch, its twins."""
+"""Whisper tiny.en: what it hears, its front end, its states against PyTorch, its twins; Hugging Face's format."""
 
 import importlib.util
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import write
 
 from attntune.cli.run_generation import Options, run_generation
 from attntune.compiler import compile
@@ -15,7 +16,9 @@ from attntune.errors import ModelError
 from attntune.interop import export_onnx, verify_onnx
 from attntune.models import from_pretrained
 from attntune.models.audio import log_mel, mel_filters, read_wav
+from attntune.models.ctranslate2 import read_ctranslate2
 from attntune.models.precision import supported
+from attntune.models.whisper import load_huggingface
 from attntune.runtime import load
 from attntune.runtime.text import Codec
 from attntune.target import native
@@ -100,3 +103,158 @@ def test_a_damaged_file_is_named(directory, tmp_path):
     with pytest.raises(ModelError, match=r"model\.bin"):
         from_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())
+
+
+#: Of openai/whisper-tiny.en, without what its other files repeat.
+CONFIG = {
+    "_name_or_path": "openai/whisper-tiny.en", "activation_dropout": 0.0, "activation_function": "gelu",
+    "architectures": ["WhisperForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 50257,
+    "d_model": 384, "decoder_attention_heads": 6, "decoder_ffn_dim": 1536, "decoder_layerdrop": 0.0,
+    "decoder_layers": 4, "decoder_start_token_id": 50257, "dropout": 0.0, "encoder_attention_heads": 6,
+    "encoder_ffn_dim": 1536, "encoder_layerdrop": 0.0, "encoder_layers": 4, "eos_token_id": 50256,
+    "forced_decoder_ids": [[1, 50362]], "init_std": 0.02, "is_encoder_decoder": True, "max_length": 448,
+    "max_source_positions": 1500, "max_target_positions": 448, "model_type": "whisper", "num_hidden_layers": 4,
+    "num_mel_bins": 80, "pad_token_id": 50256, "scale_embedding": False, "torch_dtype": "float32",
+    "transformers_version": "4.27.0.dev0", "use_cache": True, "vocab_size": 51864,
+}  # fmt: skip
+GENERATION = {
+    "begin_suppress_tokens": [220, 50256], "bos_token_id": 50257, "decoder_start_token_id": 50257,
+    "eos_token_id": 50256, "forced_decoder_ids": [[1, 50362]], "is_multilingual": False, "max_length": 448,
+    "no_timestamps_token_id": 50362, "pad_token_id": 50256, "return_timestamps": False,
+}  # fmt: skip
+PREPROCESSOR = {
+    "chunk_length": 30, "feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 80, "hop_length": 160,
+    "n_fft": 400, "n_samples": 480000, "nb_max_frames": 3000, "padding_side": "right", "padding_value": 0.0,
+    "processor_class": "WhisperProcessor", "return_attention_mask": False, "sampling_rate": 16000,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tensors(directory):
+    """CTranslate2's tensors as Hugging Face stores them: q, k and v apart, no bias of k, the vocabulary tied."""
+    found = read_ctranslate2(directory).tensors
+    named = {
+        "model.decoder.embed_tokens.weight": found["decoder/embeddings/weight"],
+        "model.encoder.conv1.weight": found["encoder/conv1/weight"],
+        "model.encoder.conv1.bias": found["encoder/conv1/bias"],
+        "model.encoder.conv2.weight": found["encoder/conv2/weight"],
+        "model.encoder.conv2.bias": found["encoder/conv2/bias"],
+    }
+
+    def norm(ours, theirs):
+        named[f"{ours}.weight"], named[f"{ours}.bias"] = found[f"{theirs}/gamma"], found[f"{theirs}/beta"]
+
+    def linear(theirs, *ours):
+        for end in ("weight", "bias"):
+            for name, part in zip(ours, np.split(found[f"{theirs}/{end}"], len(ours)), strict=True):
+                if name.endswith("k_proj") and end == "bias":
+                    assert not part.any()
+                    continue
+                named[f"{name}.{end}"] = part
+
+    for side in ("encoder", "decoder"):
+        named[f"model.{side}.embed_positions.weight"] = found[f"{side}/position_encodings/encodings"]
+        norm(f"model.{side}.layer_norm", f"{side}/layer_norm")
+        for index in range(4):
+            ours, theirs = f"model.{side}.layers.{index}.", f"{side}/layer_{index}/"
+            own, cross = f"{ours}self_attn.", f"{ours}encoder_attn."
+            linear(f"{theirs}self_attention/linear_0", f"{own}q_proj", f"{own}k_proj", f"{own}v_proj")
+            linear(f"{theirs}self_attention/linear_1", f"{own}out_proj")
+            norm(f"{ours}self_attn_layer_norm", f"{theirs}self_attention/layer_norm")
+            if side == "decoder":
+                linear(f"{theirs}attention/linear_0", f"{cross}q_proj")
+                linear(f"{theirs}attention/linear_1", f"{cross}k_proj", f"{cross}v_proj")
+                linear(f"{theirs}attention/linear_2", f"{cross}out_proj")
+                norm(f"{ours}encoder_attn_layer_norm", f"{theirs}attention/layer_norm")
+            linear(f"{theirs}ffn/linear_0", f"{ours}fc1")
+            linear(f"{theirs}ffn/linear_1", f"{ours}fc2")
+            norm(f"{ours}final_layer_norm", f"{theirs}ffn/layer_norm")
+    return named
+
+
+@pytest.fixture(scope="module")
+def files(directory, tmp_path_factory):
+    """Everything of a Hugging Face directory but the weights; and where."""
+    folder = tmp_path_factory.mktemp("whisper-tiny.en")
+    suppress = json.loads((directory / "config.json").read_text())["suppress_ids"]
+    (folder / "generation_config.json").write_text(json.dumps({**GENERATION, "suppress_tokens": suppress}))
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    (folder / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
+    return folder
+
+
+def test_a_hugging_face_directory_gives_the_same_model(model, tensors, files):
+    found = from_pretrained(write(files, CONFIG, tensors))
+    assert found.name == "whisper-tiny.en"
+    assert (found.family, found.config, found.shapes) == (model.family, model.config, model.shapes)
+    assert (found.entries, found.max_lengths, found.default_dims) == (
+        model.entries, model.max_lengths, model.default_dims
+    )  # fmt: skip
+    assert found.generation == model.generation
+    assert model.generation.start == (50257, 50362)
+    assert model.generation.suppress_first == (220, 50256)
+    assert len(model.generation.suppress) > 80
+    assert list(found.weights) == list(model.weights)
+    for name, weight in model.weights.items():
+        assert found.weights[name].flags.c_contiguous, name
+        np.testing.assert_array_equal(found.weights[name], weight, err_msg=name)
+    assert found.weights["head.weight"] is found.weights["decoder.table"]
+
+
+def test_a_model_of_many_languages_is_told_which(tensors, files, tmp_path):
+    """Large checkpoints differ in sizes, special tokens and what is said of them, not in their tensors' names."""
+    words = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|fr|>", "<|translate|>", "<|transcribe|>",
+             "<|notimestamps|>"]  # fmt: skip
+    added = [{"content": word, "id": 50257 + index} for index, word in enumerate(words)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    several = {**CONFIG, "eos_token_id": 50257, "decoder_start_token_id": 50258, "suppress_tokens": [-1, 7, 60000]}
+    for forced, language, expected in (
+        (None, None, [50258, 50259, 50262, 50263]),
+        (None, "<|fr|>", [50258, 50260, 50262, 50263]),
+        ([[1, None], [2, 50261]], None, [50258, 50259, 50261, 50263]),
+        ([[1, 50260], [2, 50262], [3, 50263]], None, [50258, 50260, 50262, 50263]),
+    ):
+        fields = {**several, "forced_decoder_ids": forced, "language": language}
+        generation = load_huggingface(fields, tensors, tmp_path, "several").generation
+        assert generation.start == tuple(expected)
+        assert (generation.stop, generation.suppress) == ((50257,), (7,))
+    with pytest.raises(ModelError, match=r"expected <\|de\|> among the added_tokens of .*tokenizer\.json"):
+        load_huggingface({**several, "forced_decoder_ids": None, "language": "de"}, tensors, tmp_path, "several")
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(
+        ModelError, match=r"<\|notimestamps\|> among .*, or no_timestamps_token_id in generation_config"
+    ):
+        load_huggingface(CONFIG, tensors, tmp_path, "none")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.decoder.layers.2.encoder_attn.q_proj.bias": None}, r"2\.encoder_attn\.q_proj\.bias is missing"),
+        ({"model.encoder.layers.0.self_attn.v_proj.weight": None}, r"layers\.0\.self_attn\.v_proj\.weight is missing"),
+        ({"model.encoder.layers.3.self_attn.k_proj.bias": np.ones(384)}, r"3\.self_attn\.k_proj\.bias is not known"),
+        ({"model.decoder.embed_positions.weight": np.ones((449, 384))}, r"\(449, 384\), expected \(448, 384\)"),
+    ],
+)  # fmt: skip
+def test_a_tensor_that_does_not_fit_is_named(tensors, files, change, message):
+    changed = {name: value for name, value in {**tensors, **change}.items() if value is not None}
+    with pytest.raises(ModelError, match=message):
+        load_huggingface(CONFIG, changed, files, "changed")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tie_word_embeddings": False}, "tie_word_embeddings False is not supported; expected True"),
+        ({"scale_embedding": True}, "scale_embedding True is not supported; expected False"),
+        ({"activation_function": "mish"}, "activation_function 'mish' is not supported; expected one of .*gelu"),
+        ({"decoder_ffn_dim": 99}, "decoder_ffn_dim 99 is not supported; expected 'encoder_ffn_dim 1536'"),
+        ({"encoder_attention_heads": 7, "decoder_attention_heads": 7}, "heads 7 .* 'a divisor of d_model 384'"),
+        ({"max_source_positions": 750}, "max_source_positions 750 is not supported; expected 1500"),
+        ({"num_mel_bins": None}, r"config\.json of a whisper model lacks \['num_mel_bins'\]"),
+        ({"num_mel_bins": 128}, r"preprocessor_config\.json: feature_size 80 is not supported; expected 128"),
+    ],
+)
+def test_a_field_that_is_not_supported_is_named(tensors, files, change, message):
+    with pytest.raises(ModelError, match=message):
+        load_huggingface({**CONFIG, **change}, tensors, files, "changed")

@@ -17,7 +17,7 @@ VOCAB, CONTEXT, STOP = 7, 24, 0
 class Toy:
     """A decoder whose next-token scores depend on every token before, through a cache of what was written."""
 
-    def __init__(self, seed=0, chunks=(2, 4), stop=(STOP,), batches=(1, 4, 8), suppress=()):
+    def __init__(self, seed=0, chunks=(2, 4), stop=(STOP,), batches=(1, 4, 8), suppress=(), suppress_first=()):
         rng = np.random.default_rng(seed)
         self.table, self.place = rng.normal(size=(VOCAB, VOCAB)) * 2, rng.normal(size=(CONTEXT, VOCAB))
         caches = {"name": "key_cache.0", "dims": ["batch", "context", 1], "dtype": "float32", "carried": True}
@@ -26,7 +26,7 @@ class Toy:
         self.manifest = {
             "name": "toy",
             "generation": {"kind": "decoder", "start": [], "stop": list(stop), "max_length": 0,
-                           "suppress": list(suppress)},
+                           "suppress": list(suppress), "suppress_first": list(suppress_first)},
             "entries": {
                 "prefill": {
                     "inputs": [{"name": n, "dims": d} for n, d in (("input_ids", ["batch", "seq"]),
@@ -133,6 +133,12 @@ def test_suppressed_tokens_are_never_written():
     free = generate(Toy(1, stop=()), [[1]], max_new_tokens=12).tokens[0]
     held = generate(Toy(1, stop=(), suppress=(free[0],)), [[1]], max_new_tokens=12).tokens[0]
     assert free[0] not in held
+    toy = Toy(1, stop=(), suppress_first=(free[0],))
+    for options in ({}, {"beams": 2}):
+        (later,) = generate(toy, [[1]], max_new_tokens=12, **options).tokens
+        assert free[0] != later[0]
+    (later,) = generate(toy, [[1]], max_new_tokens=12).tokens
+    assert later[1:] == toy.greedy([1, later[0]], 11, stop=())
 
 
 def test_draws_are_seeded_and_follow_the_probabilities():
