@@ -27,11 +27,11 @@ def write_page(folder: Path, corners: Sequence[str], parts: Sequence[str]) -> Pa
     checked = [path for op in corners if (path := folder / f"check-{op}.json").exists()]
     defaults = [path for part in parts if (path := folder / f"check-{part}.json").exists()]
     if checked or defaults:
-        update_page(page, "checks", _checks(checked, defaults), _SCRIPT)
+        update_page(page, "checks", _checks(checked, defaults), by=_SCRIPT)
     for part in parts:
         path = folder / f"{part}.json"
         if path.exists():
-            update_page(page, part, kernel_section(KernelComparison.load(path), path.name), _SCRIPT)
+            update_page(page, part, kernel_section(KernelComparison.load(path), path.name), by=_SCRIPT)
     return page
 
 
