@@ -72,11 +72,12 @@ def test_steps_grow_with_the_length_of_a_recurrence_only(script):
 
 
 def test_flops_of_an_encoder_count_every_call(script):
-    """A GRU of 16 on embeddings of 8: projection, recurrent product, ten operations a gate."""
+    """A GRU of 16 on embeddings of 8: lookup, projection (its bias is not counted), recurrent product, ten a gate."""
     model, _ = seeded(script, "fixed")
-    projection = 48 * (2 * 8 + 1)
+    lookup = 8
+    projection = 48 * 2 * 8
     recurrent = 3 * 16 * (2 * 16 + 10)
-    assert entry_flops(model, "encode", {"batch": 2, "source": 4}) == 2 * 4 * (projection + recurrent)
+    assert entry_flops(model, "encode", {"batch": 2, "source": 4}) == 2 * 4 * (lookup + projection + recurrent)
 
 
 def test_a_wrong_model_is_not_timed(script):
