@@ -130,7 +130,8 @@ def _by_beams(
     best = [options[0] for options in found]
     return Generated(
         [[token for token in tokens if token not in ends] for _, tokens in best], [score for score, _ in best],
-        sum(map(len, prompts)), 0.0, time.perf_counter() - start, max(len(tokens) for _, tokens in best),
+        prompt_tokens=sum(map(len, prompts)), decode_secs=time.perf_counter() - start,
+        decode_steps=max(len(tokens) for _, tokens in best),
     )  # fmt: skip
 
 

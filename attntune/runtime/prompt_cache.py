@@ -31,7 +31,7 @@ class PromptCache:
         entries = tuned.manifest["entries"]
         decode = entries.get("decode", {"inputs": (), "updates": {}})
         kept = [spec for spec in decode["inputs"] if spec["name"] in decode["updates"]]
-        by_position = kept and all(spec["dims"][:2] == ["batch", "context"] for spec in kept)
+        by_position = kept and all(list(spec["dims"][:2]) == ["batch", "context"] for spec in kept)
         if not tuned.manifest.get("generation") or "encode" in entries or "prefill" not in entries or not by_position:
             raise InputError(
                 f"expected a decoder with a key-value cache and the entries prefill and decode, to keep the cache of; "

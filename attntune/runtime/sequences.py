@@ -197,7 +197,7 @@ class Sequences:
                 continue
             array = self._state[name]
             if "context" in spec["dims"]:
-                assert spec["dims"][:2] == ["batch", "context"], spec
+                assert list(spec["dims"][:2]) == ["batch", "context"], spec
                 array[: self.rows, :written] = array[parents, :written]
             else:
                 moved = aligned_zeros(array.shape, array.dtype)

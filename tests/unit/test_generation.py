@@ -195,3 +195,6 @@ def test_beams_of_a_batch_equal_beams_alone():
     prompts = [[1, 2, 3], [4]]
     together = generate(toy, prompts, max_new_tokens=6, beams=3)
     assert together.tokens == [generate(toy, [p], max_new_tokens=6, beams=3).tokens[0] for p in prompts]
+    assert (together.prompt_tokens, together.prefill_secs) == (4, 0.0)
+    assert max(map(len, together.tokens)) <= together.decode_steps <= 6
+    assert together.decode_secs > 0
