@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,8 +21,11 @@ def prefilled(toy):
     return sum(size for entry, size in toy.calls if entry == "prefill")
 
 
-def test_only_what_is_new_is_prefilled():
+@pytest.mark.parametrize("saved", [False, True])
+def test_only_what_is_new_is_prefilled(saved):
     toy = Toy(1, stop=())
+    if saved:
+        toy.manifest = json.loads(json.dumps(toy.manifest))
     cache = PromptCache(toy)
     first = generate(toy, [[1, 2, 3, 4, 5]], max_new_tokens=4, cache=cache)
     assert (first.tokens, first.reused_tokens) == ([toy.greedy([1, 2, 3, 4, 5], 4, stop=())], 0)
