@@ -39,36 +39,44 @@ def run(
     length_penalty: Annotated[float, typer.Option(help="Of beam search; larger: longer.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="A string before which the text ends.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put each text through the model's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: what the conversation begins with.")] = None,
     json_output: bool = False,
 ) -> Reply:
     """Run an artifact or a model.
 
     On --text an encoder prints similarities, a model that writes its text as it comes; --audio is transcribed; --inputs
-    reads arrays and --output writes them.
+    reads arrays and --output writes them; --chat without --text is a conversation, one line of standard input a turn.
     """
     from attntune.cli.open_model import open_model
     from attntune.cli.run_generation import Options, run_generation
 
     given = [name for name, value in (("text", text), ("audio", audio), ("inputs", inputs)) if value]
-    if len(given) != 1:
-        raise InputError("expected either --text or --audio, once or more, or --inputs FILE.npz")
+    converses = chat and not given
+    if len(given) != 1 and not converses:
+        raise InputError("expected either --text or --audio, once or more, or --inputs FILE.npz; or --chat alone")
+    if system is not None and not chat:
+        raise InputError("expected --system with --chat")
     if attention is not None:
         from attntune.cli import attention as maps
 
-        if audio:
+        if audio or converses:
             raise InputError("expected --attention with --text or --inputs")
         arrays = None if inputs is None else read_arrays(inputs)
         path = existing(artifact, "an artifact or a model", ArtifactError)
         return maps.attention(path, attention, text, arrays, tokenizer=tokenizer, query=query)
     named = None if tokenizer is None else existing(tokenizer, "a tokenizer.json")
     options = Options(
-        max_new_tokens, temperature, top_k, top_p, seed, beams, length_penalty, tuple(stop or ()), chat
+        max_new_tokens, temperature, top_k, top_p, seed, beams, length_penalty, tuple(stop or ()), chat, system
     )  # fmt: skip
     tuned, folder = open_model(artifact, precision)
     if tuned.manifest.get("generation") and inputs is None and entry is None:
         from attntune.runtime.text import Codec
 
         codec = Codec(folder, named)
+        if converses:
+            from attntune.cli.chat import converse
+
+            return converse(tuned, codec, options, live=not json_output)
         return run_generation(tuned, codec, text or [], audio or [], options, live=not json_output)
     if audio or options.asked():
         asked = [*(["--audio"] if audio else []), *options.asked()]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from attntune.runtime.generation import Generated
     from attntune.runtime.text import Codec
 
-_MOST = 256
+MOST = 256
 """New tokens when no number is asked for and the model allows as many."""
 
 
@@ -35,6 +35,7 @@ class Options:
     length_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     chat: bool = False
+    system: str | None = None
 
     def asked(self) -> list[str]:
         """Names of the options that differ from the defaults, as on the command line."""
@@ -63,7 +64,7 @@ def run_generation(
     most = options.max_new_tokens
     if most is None:
         start = len(tuned.manifest["generation"]["start"]) + max(map(len, prompts))
-        most = min(_MOST, max(1, (limit(tuned) or start + _MOST) - start))
+        most = min(MOST, max(1, (limit(tuned) or start + MOST) - start))
     start_secs = time.perf_counter()
     if options.beams > 1:
         if options.stop or options.temperature > 0:
@@ -94,7 +95,7 @@ def run_generation(
     names = [str(path) for path in audio] or list(texts)
     document = _document(found, names, written, seconds)
     if live:
-        note(_speed(found, bool(source), seconds))
+        note(speed(found, bool(source), seconds))
     text = "" if live and len(prompts) == 1 and options.beams == 1 else _answers(names, written)
     return Reply(document, text)
 
@@ -110,7 +111,8 @@ def _inputs(
         raise InputError(f"expected {expected}, once or more: {tuned.manifest['name']} reads nothing else")
     if kind == "decoder":
         if options.chat:
-            return [codec.chat([{"role": "user", "content": text}]) for text in texts], None
+            system = [] if options.system is None else [{"role": "system", "content": options.system}]
+            return [codec.chat([*system, {"role": "user", "content": text}]) for text in texts], None
         return [codec.encode(text) for text in texts], None
     if options.chat:
         raise InputError(f"expected no --chat: {tuned.manifest['name']} answers a source, not a conversation")
@@ -144,25 +146,35 @@ def _document(found: Generated, names: Sequence[str], written: Sequence[str], se
         "new_tokens": found.new_tokens,
         "seconds": seconds,
     }
-    if found.scores:
-        return {**document, "scores": found.scores}
+    return {**document, "scores": found.scores} if found.scores else {**document, **times(found)}
+
+
+def times(found: Generated) -> dict[str, float | None]:
+    """Of prefill and decoding, for a document."""
     rows = len(found.tokens)
     return {
-        **document,
         "prefill_secs": found.prefill_secs,
         "decode_secs": found.decode_secs,
         "decode_tokens_per_sec": found.decode_steps * rows / found.decode_secs if found.decode_secs else None,
     }
 
 
-def _speed(found: Generated, encoded: bool, seconds: float) -> str:
+def speed(found: Generated, encoded: bool, seconds: float) -> str:
+    """For people: how fast it was read and written.
+
+    Args:
+        found: tokens and times.
+        encoded: whether an encoder read the source.
+        seconds: from the call to the last token.
+    """
     if found.scores:
         return f"{found.new_tokens} tokens by beam search in {seconds:.2f} s"
     rows = len(found.tokens)
     first = f"first token after {found.prefill_secs * 1e3:.0f} ms"
     if not encoded and found.prefill_secs:
-        rate = found.prompt_tokens / found.prefill_secs
-        first = f"prefill {found.prompt_tokens} tokens, {rate:.0f} tokens/s"
+        new = found.prompt_tokens - found.reused_tokens
+        first = f"prefill {new} tokens, {new / found.prefill_secs:.0f} tokens/s"
+        first += f", {found.reused_tokens} reused" if found.reused_tokens else ""
     rate = found.decode_steps * rows / found.decode_secs if found.decode_secs else 0.0
     return f"{first}; decode {found.decode_steps * rows} tokens, {rate:.1f} tokens/s"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from attntune.errors import InputError
 from attntune.runtime.beam import beam_search
 from attntune.runtime.sampling import Sampler, Sampling, Suppressed
 from attntune.runtime.sequences import Sequences
+
+if TYPE_CHECKING:
+    from attntune.runtime.prompt_cache import PromptCache
 
 
 @dataclass
@@ -24,6 +27,8 @@ class Generated:
     scores: list[float] = field(default_factory=list)
     """With beam search, of each sequence."""
     prompt_tokens: int = 0
+    reused_tokens: int = 0
+    """Of the prompt, those whose keys and values a kept cache held already."""
     prefill_secs: float = 0.0
     """From the call to the first token: encoder and prompt."""
     decode_secs: float = 0.0
@@ -38,7 +43,7 @@ class Generated:
 def generate(
     tuned: Any, prompts: Sequence[Sequence[int]], *, source: Mapping[str, np.ndarray] | None = None,
     max_new_tokens: int = 128, sampling: Sampling | None = None, beams: int = 1, length_penalty: float = 1.0,
-    stop: Sequence[int] | None = None,
+    stop: Sequence[int] | None = None, cache: PromptCache | None = None,
 ) -> Generated:  # fmt: skip
     """Write on from ``prompts``.
 
@@ -51,17 +56,22 @@ def generate(
         beams: more than 1: beam search with so many.
         length_penalty: of beam search: scores are divided by length to this power.
         stop: token ids that end a sequence; by default the model's.
+        cache: what earlier calls read and wrote, for a single prompt: the beginning that it shares with them is not
+            read again. It holds this prompt and what is written after it then.
 
     Raises:
         InputError: the model does not generate, an option is out of range, or prompts and new tokens are longer than
             the compiled cache or the model allows; before anything is run.
     """
     if beams > 1:
+        if cache is not None:
+            raise InputError(f"expected either beams or the cache of an earlier call, got {beams} beams and a cache")
         return _by_beams(tuned, prompts, source, max_new_tokens, beams, length_penalty, stop, sampling)
     found = Generated([[] for _ in prompts], prompt_tokens=sum(map(len, prompts)))
     for row, token in stream(
-        tuned, prompts, source=source, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, timings=found
-    ):
+        tuned, prompts, source=source, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, timings=found,
+        cache=cache,
+    ):  # fmt: skip
         found.tokens[row].append(token)
     return found
 
@@ -69,13 +79,13 @@ def generate(
 def stream(
     tuned: Any, prompts: Sequence[Sequence[int]], *, source: Mapping[str, np.ndarray] | None = None,
     max_new_tokens: int = 128, sampling: Sampling | None = None, stop: Sequence[int] | None = None,
-    timings: Generated | None = None,
+    timings: Generated | None = None, cache: PromptCache | None = None,
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
     """Pairs of row and new token as they are written; see :func:`generate`, whose errors come at once."""
     ends, suppressed = _settings(tuned, prompts, max_new_tokens, stop)
     timings = timings or Generated([])
     start = time.perf_counter()
-    sequences = Sequences(tuned, prompts, source, max_new_tokens)
+    sequences = Sequences(tuned, prompts, source, max_new_tokens, cache)
     timings.prefill_secs = time.perf_counter() - start
     return _stream(sequences, Sampler(sampling or Sampling(), len(prompts)), max_new_tokens, ends, suppressed, timings)
 
@@ -87,6 +97,7 @@ def _stream(
     start = time.perf_counter()
     logits = sequences.begin()
     timings.prefill_secs += time.perf_counter() - start
+    timings.reused_tokens = max(sequences.reused - sequences.start_tokens, 0)
     going = np.ones(sequences.rows, bool)
     for step in range(longest):
         if never := suppressed.at(step):
@@ -119,7 +130,8 @@ def _by_beams(
     best = [options[0] for options in found]
     return Generated(
         [[token for token in tokens if token not in ends] for _, tokens in best], [score for score, _ in best],
-        sum(map(len, prompts)), 0.0, time.perf_counter() - start, max(len(tokens) for _, tokens in best),
+        prompt_tokens=sum(map(len, prompts)), decode_secs=time.perf_counter() - start,
+        decode_steps=max(len(tokens) for _, tokens in best),
     )  # fmt: skip
 
 

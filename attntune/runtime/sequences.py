@@ -8,12 +8,15 @@ of what chooses the tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from attntune.errors import InputError
 from attntune.runtime.inputs import aligned_zeros
+
+if TYPE_CHECKING:
+    from attntune.runtime.prompt_cache import PromptCache
 
 
 class Sequences:
@@ -24,25 +27,37 @@ class Sequences:
         prompts: token ids by row, without the model's start tokens; of an encoder-decoder, what its answer begins with.
         source: inputs of the entry ``encode`` by name, as many rows as there are prompts.
         room: tokens that will be written after the prompts at most.
+        cache: of an earlier call, to go on with; of a single row.
 
     Raises:
-        InputError: prompts and ``room`` together are longer than the compiled cache or than the model allows.
+        InputError: prompts and ``room`` together are longer than the compiled cache or than the model allows, or the
+            ``cache`` is of another model.
     """
 
     def __init__(
-        self, tuned: Any, prompts: Sequence[Sequence[int]], source: Mapping[str, np.ndarray] | None, room: int
-    ) -> None:
+        self, tuned: Any, prompts: Sequence[Sequence[int]], source: Mapping[str, np.ndarray] | None, room: int,
+        cache: PromptCache | None = None,
+    ) -> None:  # fmt: skip
         self._tuned = tuned
         self._entries = tuned.manifest["entries"]
         generation = tuned.manifest["generation"]
         start = list(generation["start"])
+        self.start_tokens = len(start)
         self._prompts = [[*start, *map(int, prompt)] for prompt in prompts]
         if not all(self._prompts):
             raise InputError("expected prompts of at least one token")
         self.rows = len(self._prompts)
         self.lengths = np.array([len(prompt) for prompt in self._prompts], np.int64)
+        self._cache = cache
+        if cache is not None and (self.rows > 1 or cache.tuned is not tuned):
+            raise InputError(
+                f"expected one prompt and {tuned.manifest['name']} with the cache of an earlier call; got {self.rows} "
+                f"and a cache of {'this model' if cache.tuned is tuned else 'another model'}"
+            )
         self._check_length(room)
-        self._state: dict[str, Any] = {}
+        self.reused = 0
+        """Tokens of the prompt that :meth:`begin` found in the cache, start tokens included."""
+        self._state: dict[str, Any] = dict(cache.state) if cache is not None else {}
         self._extra: dict[str, np.ndarray] = {}
         if "encode" in self._entries:
             self._encode(source or {})
@@ -60,6 +75,8 @@ class Sequences:
 
     def _check_length(self, room: int) -> None:
         most = limit(self._tuned)
+        if self._cache is not None:
+            most = min(most, self._cache.context)
         if most and self.lengths.max() + room > most:
             raise InputError(
                 f"expected prompt and new tokens within {most}, got {int(self.lengths.max())} + {room}; shorten "
@@ -107,7 +124,8 @@ class Sequences:
             return self._begin_by_steps()
         longest = int(self.lengths.max())
         logits: np.ndarray | None = None
-        done = 0
+        cache = self._cache
+        done = self.reused = cache.common(self._prompts[0]) if cache is not None else 0
         while done < longest:
             start, size = self._chunk(done, longest - done)
             ids = np.zeros((self.rows, size), np.int64)
@@ -120,7 +138,11 @@ class Sequences:
                 "lengths": np.full(self.rows, start + size, np.int32),
                 "last": np.clip(last, 0, size - 1),
             }
+            if cache is not None:
+                cache.truncate(start)
             found = self._call("prefill", inputs)["logits"]
+            if cache is not None:
+                cache.tokens += self._prompts[0][start : start + size]
             logits = np.array(found) if logits is None else logits
             here = (last >= 0) & (last < size)
             logits[here] = found[here]
@@ -160,6 +182,8 @@ class Sequences:
             "decode", {"input_ids": tokens.astype(np.int64)[:, None], "lengths": self.lengths.astype(np.int32)}
         )
         self.outputs = outputs
+        if self._cache is not None:
+            self._cache.tokens += tokens.tolist()
         return outputs["logits"]
 
     def reorder(self, parents: np.ndarray) -> None:
@@ -173,7 +197,7 @@ class Sequences:
                 continue
             array = self._state[name]
             if "context" in spec["dims"]:
-                assert spec["dims"][:2] == ["batch", "context"], spec
+                assert list(spec["dims"][:2]) == ["batch", "context"], spec
                 array[: self.rows, :written] = array[parents, :written]
             else:
                 moved = aligned_zeros(array.shape, array.dtype)

@@ -68,6 +68,21 @@ class Codec:
             padded[index, : len(row)] = row
         return {"input_ids": padded, "source_lengths": np.array([len(row) for row in rows], np.int32)}
 
+    def chat_template(self) -> tuple[str, dict[str, str]]:
+        """The model's chat template, in Jinja's language, and the special tokens it may name.
+
+        Raises:
+            InputError: the model has none.
+        """
+        path = self._file("tokenizer_config.json")
+        config = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = next((item["template"] for item in template if item.get("name") == "default"), None)
+        if not isinstance(template, str):
+            raise InputError("this model has no chat template; prompt it without --chat")
+        return template, {name: _content(value) for name, value in config.items() if name.endswith("_token") and value}
+
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, up to where the model's answer begins.
 
@@ -79,13 +94,7 @@ class Codec:
         Raises:
             InputError: the model has no chat template, or the template refuses the messages.
         """
-        path = self._file("tokenizer_config.json")
-        config = json.loads(path.read_text(encoding="utf-8")) if path else {}
-        template = config.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = next((item["template"] for item in template if item.get("name") == "default"), None)
-        if not isinstance(template, str):
-            raise InputError("this model has no chat template; prompt it without --chat")
+        template, special = self.chat_template()
         try:
             from jinja2 import TemplateError
             from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -97,7 +106,6 @@ class Codec:
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = refuse
-        special = {name: _content(value) for name, value in config.items() if name.endswith("_token") and value}
         try:
             text = environment.from_string(template).render(
                 messages=list(messages), add_generation_prompt=True, **special

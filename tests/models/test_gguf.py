@@ -1,7 +1,9 @@
 """GGUF files: a small one written here, and SmolLM2-135M-Instruct where its package is installed."""
 
 import importlib.util
+import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,14 @@ from cached import Cached, assert_cache_equals_recomputation
 from checkpoints import LLAMA, llama_tensors
 from decoder_oracle import llama_logits
 
+from attntune import cli
+from attntune.cli import open_model
 from attntune.compiler import compile
 from attntune.errors import ModelError
 from attntune.models import from_pretrained
 from attntune.models.precision import supported
 from attntune.runtime.perplexity import perplexity
+from attntune.runtime.text import Codec
 from attntune.runtime.tuned_model import TunedModel
 from attntune.target import native
 
@@ -134,10 +139,17 @@ def smollm2():
     return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def test_smollm2_answers_and_matches_pytorch(smollm2):
+@pytest.fixture(scope="module")
+def smollm2_in_chunks(smollm2):
+    """The model, and what it compiles to for prompts in chunks of 16 tokens."""
+    model = from_pretrained(smollm2)
+    return model, TunedModel(compile(model, shapes=[{"batch": 1, "seq": 16, "context": 128}]))
+
+
+def test_smollm2_answers_and_matches_pytorch(smollm2_in_chunks):
     from tokenizers import Tokenizer
 
-    model = from_pretrained(smollm2)
+    model, tuned = smollm2_in_chunks
     tokenizer = Tokenizer.from_file(str(model.directory / "tokenizer.json"))
     prompt = (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -145,7 +157,6 @@ def test_smollm2_answers_and_matches_pytorch(smollm2):
     )
     ids = tokenizer.encode(prompt).ids
     assert tokenizer.decode(ids, skip_special_tokens=False) == prompt
-    tuned = TunedModel(compile(model, shapes=[{"batch": 1, "seq": 16, "context": 64}]))
     cached = Cached(tuned, 1, 16)
     chunks = [ids[at : at + 16] for at in range(0, len(ids), 16)]
     logits = [cached.prefill([chunk]) for chunk in chunks]
@@ -184,6 +195,32 @@ def _hugging_face_tensors(model):
         ):  # fmt: skip
             tensors[f"{theirs}{name}.weight"] = value
     return tensors
+
+
+def test_a_conversation_is_answered_as_if_it_were_read_again(smollm2_in_chunks, monkeypatch, capsys):
+    model, tuned = smollm2_in_chunks
+    monkeypatch.setattr(open_model, "open_model", lambda path, precision=None: (tuned, model.directory))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is the capital of France?\nAnd what is it known for?\n"))
+    assert cli.main(["run", "smollm2", "--chat", "--system", "Be brief.", "--max-new-tokens", "32", "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["turns"]
+    assert first["answer"] == "The capital of France is Paris."
+    assert second["reused_tokens"] == first["prompt_tokens"] + first["new_tokens"]
+    codec = Codec(model.directory)
+    messages = [{"role": "system", "content": "Be brief."}]
+    for turn in (first, second):
+        messages.append({"role": "user", "content": turn["text"]})
+        prompt = codec.chat(messages)
+        again = tuned.generate([prompt], max_new_tokens=32)
+        assert (again.tokens, again.reused_tokens) == ([turn["tokens"]], 0)
+        messages.append({"role": "assistant", "content": turn["answer"]})
+    assert second["new_tokens"] > 10
+    # Without any cache, given what was written so far.
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in _hugging_face_tensors(model).items()}
+    logits = llama_logits(
+        tensors, torch.tensor([[*prompt, *second["tokens"]]]), layers=30, heads=9, kv_heads=3, eps=1e-5,
+        theta=100000.0, interleaved=True,
+    )[0]  # fmt: skip
+    assert second["tokens"] == logits[len(prompt) - 1 : -1].argmax(-1).tolist()[: second["new_tokens"]]
 
 
 def test_smollm2_writes_what_pytorch_writes_token_for_token(smollm2):

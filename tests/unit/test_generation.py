@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ class Toy:
     def __init__(self, seed=0, chunks=(2, 4), stop=(STOP,), batches=(1, 4, 8), suppress=(), suppress_first=()):
         rng = np.random.default_rng(seed)
         self.table, self.place = rng.normal(size=(VOCAB, VOCAB)) * 2, rng.normal(size=(CONTEXT, VOCAB))
-        caches = {"name": "key_cache.0", "dims": ["batch", "context", 1], "dtype": "float32", "carried": True}
+        # Tuples as in an artifact fresh from the compiler; one that was saved has lists.
+        caches = {"name": "key_cache.0", "dims": ("batch", "context", 1), "dtype": "float32", "carried": True}
         self.entries = ("prefill", "decode")
         self.calls = []
         self.manifest = {
@@ -190,8 +192,14 @@ def test_beam_search_with_every_beam_is_exhaustive(seed, penalty):
     assert found.scores[0] == pytest.approx(best_score, rel=1e-6)
 
 
-def test_beams_of_a_batch_equal_beams_alone():
+@pytest.mark.parametrize("saved", [False, True])
+def test_beams_of_a_batch_equal_beams_alone(saved):
     toy = Toy(2, batches=(1, 4, 8))
+    if saved:
+        toy.manifest = json.loads(json.dumps(toy.manifest))
     prompts = [[1, 2, 3], [4]]
     together = generate(toy, prompts, max_new_tokens=6, beams=3)
     assert together.tokens == [generate(toy, [p], max_new_tokens=6, beams=3).tokens[0] for p in prompts]
+    assert (together.prompt_tokens, together.prefill_secs) == (4, 0.0)
+    assert max(map(len, together.tokens)) <= together.decode_steps <= 6
+    assert together.decode_secs > 0
