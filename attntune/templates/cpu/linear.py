@@ -178,6 +178,7 @@ class LinearCPU(ScheduleTemplate):
         block_bytes = min(w.rows, block or w.rows) * w.in_features * bits / 8
         return {
             **super().features(workload, target, config),
+            "apart": float(config.get("apart", False)),  # a knob of few rows only; one model learns from all
             "registers": (rows * vectors * config.integer("chains") + vectors) / target.vector_registers,
             "sums": float(rows * vectors * config.integer("chains")),
             "intensity": rows * vectors / (rows + vectors),
