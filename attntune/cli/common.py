@@ -25,7 +25,9 @@ TargetOption = Annotated[
     str, typer.Option(help="native, a preset such as znver4, a preset with options (znver4,cores=8), or a TVM target.")
 ]
 DatabaseOption = Annotated[Path | None, typer.Option(help="Tuning records, a JSON-lines file.")]
-PrecisionOption = Annotated[str, typer.Option(help="float32, bfloat16 or int8 (weights; the rest bfloat16).")]
+PrecisionOption = Annotated[
+    str, typer.Option(help="float32, bfloat16, int8 (weights; the rest bfloat16) or int4 (weights; the rest float32).")
+]
 _SHAPES = typer.Option(help="Batch x sequence lengths, separated by commas: 1x128,8x128.")
 ShapesOption = Annotated[str, _SHAPES]
 OptionalShapes = Annotated[str | None, _SHAPES]

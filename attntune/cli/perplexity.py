@@ -17,7 +17,8 @@ def perplexity(
     tokens: Annotated[int | None, typer.Option(min=2, help="Of the text, so many from its beginning.")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens that are seen together.")] = 512,
     precision: Annotated[
-        list[str] | None, typer.Option(help="float32, bfloat16 or int8; repeat to compare. Of an artifact: its own.")
+        list[str] | None,
+        typer.Option(help="float32, bfloat16, int8 or int4; repeat to compare. Of an artifact: its own."),
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json, if not in or beside the model.")] = None,
 ) -> Reply:

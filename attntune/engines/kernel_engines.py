@@ -209,6 +209,8 @@ class TorchKernels(KernelEngine):
             raise EngineError(f"expected a linear layer without activation and residual, got {w}")
         if w.quantized:
             return self._quantized_linear(w, given)
+        if w.grouped:
+            raise EngineError(f"PyTorch multiplies no {w.weight_dtype} weights with float32 x on CPUs")
         torch = self._torch
         linear = torch.nn.functional.linear
         ways: dict[str, list[Call]] = {"F.linear": [partial(linear, *operands) for operands in given]}

@@ -122,6 +122,13 @@ class AttntuneInt8Writer(AttntuneWriter):
     precision: ClassVar[str] = "int8"
 
 
+class AttntuneInt4Writer(AttntuneWriter):
+    """The same with weights of 4 bits, 8 for the vocabulary; float32 otherwise."""
+
+    title: ClassVar[str] = "attntune int4"
+    precision: ClassVar[str] = "int4"
+
+
 class PyTorchWriter(Writer):
     """PyTorch eager: SDPA over a preallocated cache that is written in place."""
 
@@ -211,6 +218,7 @@ WRITERS: dict[str, type[Writer]] = {
     "attntune": AttntuneWriter,
     "attntune-bf16": AttntuneBFloat16Writer,
     "attntune-int8": AttntuneInt8Writer,
+    "attntune-int4": AttntuneInt4Writer,
     "pytorch": PyTorchWriter,
     "pytorch-bf16": PyTorchBFloat16Writer,
     "llama.cpp": LlamaCppWriter,

@@ -1,4 +1,4 @@
-"""Linear layer with a fused epilogue: ``activation(x · Wᵀ + bias) + residual``, plain, gated, or with int8 weights."""
+"""Linear layer with a fused epilogue: ``activation(x · Wᵀ + bias) + residual``, plain, gated, or with quantised weights."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")
 INT8_MAX = 127
 #: Consecutive values of a row of x that share one scale where the weight is int8.
 INT8_GROUP = 64
+#: Consecutive values of a row of the weight that share one scale and one minimum where it is uint4 or uint8.
+WEIGHT_GROUP = 32
+#: Bits of a weight that is quantised by groups, by ``weight_dtype``.
+GROUPED = {"uint4": 4, "uint8": 8}
 
 
 #: Multiply-adds up to which a reference is computed whole: some seconds.
@@ -49,6 +53,12 @@ class Linear(Workload):
     The sum of integer products is exact within a group; those of the groups are scaled and added in float32. (One scale
     for a whole row costs SmolLM2-135M 4.5 % of perplexity, for 64 values 1 %: a few features are large in every row.)
 
+    With ``weight_dtype="uint4"`` or ``"uint8"`` x stays as it is, and every :data:`WEIGHT_GROUP` consecutive values of a
+    row of the weight (the last group may be shorter) are ``q · scale + minimum``, q an unsigned integer of 4 or 8 bits;
+    scale and minimum (rows of weight, groups) float16, constant, follow the weight. So do GGUF's types Q4_1 and Q8_0
+    store them (llama.cpp, ggml-quants.c), and :func:`quantize_groups` finds what such a file held in its dequantised
+    values.
+
     With ``seq``, the rows are those of sequences padded to seq positions, and lengths (rows/seq,) int32, the last
     operand, says where each ends: rows from there on are not computed, whatever x holds in them, and are zero in y.
     """
@@ -64,7 +74,7 @@ class Linear(Workload):
     dtype: str = "float32"
     gated: bool = False
     weight_dtype: str = ""
-    """``""`` means ``dtype``; or ``"int8"``."""
+    """``""`` means ``dtype``; or ``"int8"``, ``"uint4"`` or ``"uint8"``."""
     out_dtype: str = ""
     """Of y; ``""`` means ``dtype``."""
     seq: int = 0
@@ -74,18 +84,22 @@ class Linear(Workload):
         positive(self.op, rows=self.rows, in_features=self.in_features, out_features=self.out_features)
         one_of(self.op, "activation", self.activation, ACTIVATIONS)
         one_of(self.op, "dtype", self.dtype, FLOAT_DTYPES)
-        one_of(self.op, "weight_dtype", self.weight_dtype, ("", "int8"))
+        one_of(self.op, "weight_dtype", self.weight_dtype, ("", "int8", *GROUPED))
         one_of(self.op, "out_dtype", self.out_dtype, ("", *FLOAT_DTYPES))
         require(
             self.seq >= 0 and (self.seq == 0 or self.rows % self.seq == 0),
             f"linear: expected rows ({self.rows}) to be a multiple of seq, got {self.seq}",
+        )
+        require(
+            not self.grouped or self.dtype == "float32",
+            f"linear: expected dtype float32 with {self.weight_dtype} weights, got {self.dtype}",
         )
         if self.out_dtype == self.dtype:
             object.__setattr__(self, "out_dtype", "")
 
     @classmethod
     def from_call(cls, attrs: Mapping[str, Any], args: Sequence[TensorSpec]) -> Linear:
-        """From a model's call: x (…, in_features), weight, its scale where it is int8, then bias and residual."""
+        """From a model's call: x (…, in_features), weight, what scales it where it is quantised, then bias and residual."""
         x, weight = args[0], args[1]
         require(
             x.shape[-1] == weight.shape[1],
@@ -106,7 +120,7 @@ class Linear(Workload):
             residual=bool(attrs.get("residual", False)),
             dtype=x.dtype,
             gated=gated,
-            weight_dtype="int8" if weight.dtype == "int8" else "",
+            weight_dtype="int8" if weight.dtype == "int8" else str(attrs.get("weight_dtype", "")),
             out_dtype=str(attrs.get("out_dtype", "")),
             seq=x.shape[1] if attrs.get("lengths") else 0,
         )
@@ -122,6 +136,16 @@ class Linear(Workload):
         return self.weight_dtype == "int8"
 
     @property
+    def grouped(self) -> bool:
+        """Whether the weight is quantised by groups."""
+        return self.weight_dtype in GROUPED
+
+    @property
+    def weight_groups(self) -> int:
+        """Scales of a row of a weight that is quantised by groups."""
+        return math.ceil(self.in_features / WEIGHT_GROUP)
+
+    @property
     def compute_dtype(self) -> str:
         """See :class:`Workload`."""
         return "int8" if self.quantized else self.dtype
@@ -132,15 +156,19 @@ class Linear(Workload):
         return math.ceil(self.in_features / INT8_GROUP)
 
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """X, weight, then scale, bias, residual and lengths where the variant has them."""
+        """X, weight (a byte an element, whatever its bits), then scale, minimum, bias, residual and lengths where the variant has them."""
         specs = [
             TensorSpec("x", (self.rows, self.in_features), self.dtype),
             TensorSpec(
-                "weight", (self.weight_rows, self.in_features), self.weight_dtype or self.dtype, constant=True
+                "weight", (self.weight_rows, self.in_features),
+                "uint8" if self.grouped else self.weight_dtype or self.dtype, constant=True,
             ),
         ]  # fmt: skip
         if self.quantized:
             specs.append(TensorSpec("scale", (self.weight_rows,), "float32", constant=True))
+        if self.grouped:
+            shape = (self.weight_rows, self.weight_groups)
+            specs += [TensorSpec(name, shape, "float16", constant=True) for name in ("scale", "minimum")]
         if self.bias:
             specs.append(TensorSpec("bias", (self.weight_rows,), self.dtype, constant=True))
         if self.residual:
@@ -169,10 +197,18 @@ class Linear(Workload):
             def product(i: Any, j: Any) -> Any:
                 return scaled[i, j] * operand["scale"][j]
         else:
+
+            def element(j: Any, k: Any) -> Any:
+                value = weight[j, k].astype("float32")
+                if not self.grouped:
+                    return value
+                scale, minimum = (
+                    operand[name][j, k // WEIGHT_GROUP].astype("float32") for name in ("scale", "minimum")
+                )
+                return value * scale + minimum
+
             sums = te.compute(
-                shape,
-                lambda i, j: te.sum(x[i, k].astype("float32") * weight[j, k].astype("float32"), axis=k),
-                name="matmul",
+                shape, lambda i, j: te.sum(x[i, k].astype("float32") * element(j, k), axis=k), name="matmul"
             )
 
             def product(i: Any, j: Any) -> Any:
@@ -240,6 +276,8 @@ class Linear(Workload):
         x, weight = np.asarray(operand["x"], np.float64), np.asarray(operand["weight"], np.float64)
         if self.quantized:
             x, weight = dequantized(x), weight * np.asarray(operand["scale"], np.float64)[:, None]
+        if self.grouped:
+            weight = ungrouped(weight, operand["scale"], operand["minimum"])
         y = x @ weight.T
         if self.bias:
             y = y + np.asarray(operand["bias"], np.float64)
@@ -265,6 +303,11 @@ class Linear(Workload):
         """Multiply-adds of the product; the epilogue is not counted."""
         return 2 * self.rows * self.in_features * self.weight_rows
 
+    def bytes_moved(self) -> int:
+        """See :class:`Workload`; two weights of 4 bits share a byte."""
+        packed = self.weight_rows * self.in_features // 2 if self.weight_dtype == "uint4" else 0
+        return super().bytes_moved() - packed
+
     def tolerance(self) -> tuple[float, float]:
         """Rounding of a dot product grows with the root of its length for random operands."""
         rtol, atol = super().tolerance()
@@ -273,7 +316,7 @@ class Linear(Workload):
         return rtol, atol
 
     def example_inputs(self, seed: int = 0) -> tuple[np.ndarray, ...]:
-        """Normal operands, weights scaled by 1/√in_features; int8 weights with the scales that undo them.
+        """Normal operands, weights scaled by 1/√in_features; quantised weights with what undoes it.
 
         Rows of x past their sequence's end are NaN.
         """
@@ -284,13 +327,14 @@ class Linear(Workload):
                 lengths = example_lengths(rng, spec.shape[0], self.seq)
                 values[0].reshape(-1, self.seq, self.in_features)[np.arange(self.seq) >= lengths[:, None]] = np.nan
                 values.append(lengths)
-            elif not self.quantized:
+            elif not (self.quantized or self.grouped):
                 values.append(random_operand(rng, spec))
             elif spec.name == "weight":
                 weight = rng.standard_normal(spec.shape, np.float32) / np.float32(math.sqrt(self.in_features))
-                quantized, scale = quantize_weight(weight)
-                values += [quantized, scale]
-            elif spec.name != "scale":
+                values += (
+                    quantize_groups(weight, GROUPED[self.weight_dtype]) if self.grouped else quantize_weight(weight)
+                )
+            elif spec.name not in ("scale", "minimum"):
                 values.append(as_dtype(rng.standard_normal(spec.shape, np.float32), spec.dtype))
         return tuple(values)
 
@@ -300,6 +344,39 @@ def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     values = np.asarray(weight, np.float32)
     scale = np.maximum(np.abs(values).max(axis=1), np.float32(1e-30)) / np.float32(INT8_MAX)
     return np.rint(values / scale[:, None]).astype(np.int8), scale.astype(np.float32)
+
+
+def quantize_groups(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A float weight (out_features, in_features) by groups of :data:`WEIGHT_GROUP`: see :class:`Linear`.
+
+    With 4 bits, q runs from the least value of a group to its greatest. With 8 bits it is symmetric: 128 stands for 0.
+
+    Returns:
+        q (out_features, in_features) uint8, scale and minimum (out_features, groups) float16.
+    """
+    rows, width = weight.shape
+    groups = math.ceil(width / WEIGHT_GROUP)
+    padded = np.pad(np.asarray(weight, np.float32), ((0, 0), (0, groups * WEIGHT_GROUP - width)), mode="edge")
+    values = padded.reshape(rows, groups, WEIGHT_GROUP)
+    top = (1 << bits) - 1
+    if bits == 8:
+        scale = (np.abs(values).max(axis=2) / np.float32(INT8_MAX)).astype(np.float16)
+        minimum = (scale.astype(np.float32) * np.float32(-128.0)).astype(np.float16)
+    else:
+        minimum = values.min(axis=2).astype(np.float16)
+        scale = ((values.max(axis=2) - values.min(axis=2)) / np.float32(top)).astype(np.float16)
+    step = scale.astype(np.float32)[..., None]
+    steps = (values - minimum.astype(np.float32)[..., None]) / np.where(step > 0, step, np.float32(1))
+    quantized = np.clip(np.rint(steps), 0, top).astype(np.uint8).reshape(rows, -1)
+    return np.ascontiguousarray(quantized[:, :width]), scale, minimum
+
+
+def ungrouped(weight: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
+    """What q (out_features, in_features), scale and minimum (out_features, groups) stand for, in float64."""
+    step, least = (
+        np.repeat(np.asarray(part, np.float64), WEIGHT_GROUP, axis=1)[:, : weight.shape[1]] for part in (scale, minimum)
+    )
+    return np.asarray(weight, np.float64) * step + least
 
 
 def dequantized(x: np.ndarray) -> np.ndarray:

@@ -42,6 +42,9 @@ def linear(w: Linear, x, weight, *rest):
             whole = torch.round(group * (torch.full_like(top, 127) / top)).double()
             exact.append(whole * (top * torch.tensor(1 / 127)).double())
         x = torch.cat(exact, dim=1)
+    if w.grouped:
+        scale, minimum = (rest.pop(0).repeat_interleave(32, 1)[:, : w.in_features].double() for _ in range(2))
+        weight = weight * scale + minimum
     y = F.linear(x, weight, rest.pop(0) if w.bias else None)
     activation = {
         "": lambda v: v,

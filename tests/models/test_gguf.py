@@ -240,7 +240,7 @@ def test_smollm2_writes_what_pytorch_writes_token_for_token(smollm2):
     assert written == logits[len(ids) - 1 : -1].argmax(-1).tolist()
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 0.02), ("int8", 0.02)])
+@pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 0.02), ("int8", 0.02), ("int4", 1e-4)])
 def test_smollm2s_perplexity_at_lower_precisions(smollm2, precision, bound):
     from tokenizers import Tokenizer
 

@@ -1,4 +1,4 @@
-"""Linear on CPUs: a register tile over a weight packed into vector-wide panels, in float32, bfloat16 or int8.
+"""Linear on CPUs: a register tile over a weight packed into vector-wide panels, in float32, bfloat16, int8 or 4 bits.
 
 The weight is packed once to (out_features/lanes, in_features/group, lanes·group), see ``arithmetic.py``. A panel as
 wide as one vector register serves every tile width, so all kernels that share a weight share one copy of it.
@@ -15,6 +15,9 @@ Loop nest, outermost first:
 A tile of few rows (decoding) has too few accumulators to hide an addition's latency: ``chains`` sums run side by side.
 Its panels may lie ``apart``, each in a part of the weight of its own, so that memory is read in several long streams.
 With int8 weights, x is quantised first, all cores sharing its rows.
+Weights quantised by groups are unpacked in registers as they are multiplied, or (``unpack``) once a column of tiles into
+float32 panels in the second-level cache, which pays from some rows on. Sums of the elements of x, by group, come first:
+with them a group's minimum is one multiply-add.
 
 Ladder (rows 128, in 384, out 1536, float32; 2 cores of Zen 4, measured peak 230 GFLOP/s, weights from memory):
 
@@ -40,7 +43,7 @@ from attntune.ops.workload import TensorSpec, Workload
 from attntune.search.space import Config, ConfigSpace, Knob
 from attntune.target import Target
 from attntune.templates.cpu.arithmetic import Arithmetic, arithmetic_for
-from attntune.templates.cpu.linear_kernel import LinearKernel
+from attntune.templates.cpu.linear_kernel import LinearKernel, reduction_steps
 from attntune.templates.template import Packing, ScheduleTemplate
 
 _ROW_TILES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16)
@@ -49,6 +52,8 @@ _COLUMN_VECTORS = (1, 2, 3, 4, 5, 6)
 _LATENCY = 8
 #: Up to so many rows a product may run at the memory's speed.
 _FEW_ROWS = 16
+#: Above so many rows a weight quantised by groups is unpacked once for all of them.
+_UNPACKED_ROWS = 8
 
 
 class LinearCPU(ScheduleTemplate):
@@ -71,12 +76,14 @@ class LinearCPU(ScheduleTemplate):
         knobs = [
             Knob("tile_rows", tuple(t for t in _ROW_TILES if t <= w.rows)),
             Knob("tile_vectors", tuple(v for v in _COLUMN_VECTORS if v <= panels)),
-            Knob("chains", (1, 2, 4, 8)),
+            Knob("chains", (1,) if w.grouped else (1, 2, 4, 8)),
             Knob("k_unroll", (1, 2, 4, 8)),
             Knob("row_block", tuple(b for b in (0, 32, 64, 128, 256) if b == 0 or b < w.rows)),
         ]
         if w.rows <= _FEW_ROWS:
             knobs.append(Knob("apart", (False, True)))
+        if w.grouped:
+            knobs.append(Knob("unpack", (False, True) if w.rows > 1 else (False,)))
 
         def fits(config: Config) -> bool:
             rows, vectors, chains = (config.integer(n) for n in ("tile_rows", "tile_vectors", "chains"))
@@ -118,6 +125,8 @@ class LinearCPU(ScheduleTemplate):
                 unrolling *= 1.1
             streams = _stream_cost(vectors * parts, config) if w.rows <= _FEW_ROWS else 1.0
             order = _row_order_cost(w, config, target)
+            if w.grouped and config["unpack"] != (w.rows > _UNPACKED_ROWS):
+                order *= 2.0
             return column * imbalance * tails * unrolling * streams * order, config.key()
 
         return min(self.space(workload, target), key=cost)
@@ -131,7 +140,7 @@ class LinearCPU(ScheduleTemplate):
         arithmetic = _arithmetic(w, target)
         lanes, group, parts = target.lanes("float32"), arithmetic.group, 2 if w.gated else 1
         panels = math.ceil(w.out_features / lanes)
-        steps = math.ceil(w.in_features / group)
+        steps = reduction_steps(w, arithmetic)
 
         def in_panels(values: np.ndarray) -> np.ndarray:
             """(weight_rows, …) → (panels·parts, lanes, …)."""
@@ -149,11 +158,19 @@ class LinearCPU(ScheduleTemplate):
         def row(values: np.ndarray) -> np.ndarray:
             return in_panels(np.asarray(values, np.float32)).reshape(-1)
 
-        stored = "uint8" if w.quantized else w.dtype
-        shape = (panels * parts, steps, lanes * group)
+        def by_group(values: np.ndarray) -> np.ndarray:
+            """(weight_rows, groups) → (panels·parts, groups, lanes)."""
+            return np.ascontiguousarray(in_panels(values).transpose(0, 2, 1))
+
+        stored = "uint8" if w.quantized else "int32" if w.grouped else w.dtype
+        shape = (panels * parts, steps, lanes if w.grouped else lanes * group)
         packings = {"weight": Packing(TensorSpec("weight", shape, stored, constant=True), weight)}
+        if w.grouped:
+            for name in ("scale", "minimum"):
+                packed = TensorSpec(name, (panels * parts, w.weight_groups, lanes), "float16", constant=True)
+                packings[name] = Packing(packed, by_group)
         for spec in w.inputs():
-            if spec.name in ("bias", "scale"):
+            if spec.name == "bias" or (spec.name == "scale" and w.quantized):
                 packed = TensorSpec(spec.name, (panels * parts * lanes,), "float32", constant=True)
                 packings[spec.name] = Packing(packed, row)
         return packings
@@ -178,7 +195,9 @@ class LinearCPU(ScheduleTemplate):
         block_bytes = min(w.rows, block or w.rows) * w.in_features * bits / 8
         return {
             **super().features(workload, target, config),
-            "apart": float(config.get("apart", False)),  # a knob of few rows only; one model learns from all
+            # Knobs of some layers only; one model learns from all.
+            "apart": float(config.get("apart", False)),
+            "unpack": float(config.get("unpack", False)),
             "registers": (rows * vectors * config.integer("chains") + vectors) / target.vector_registers,
             "sums": float(rows * vectors * config.integer("chains")),
             "intensity": rows * vectors / (rows + vectors),

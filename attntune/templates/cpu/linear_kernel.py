@@ -7,12 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from attntune.ops.linear import INT8_GROUP, INT8_MAX, Linear
+from attntune.ops.linear import INT8_GROUP, INT8_MAX, WEIGHT_GROUP, Linear
 from attntune.search.space import Config
 from attntune.target import Target
 from attntune.templates.cpu import bf16
-from attntune.templates.cpu.arithmetic import INT8_OFFSET, Arithmetic
+from attntune.templates.cpu.arithmetic import INT8_OFFSET, Arithmetic, Grouped
 from attntune.templates.cpu.vectors import Vectors, chained
+
+#: Up to so many rows, sums by group are not worth a parallel loop.
+_SHARED_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,13 @@ class _Panels:
     def at(self, v: Any) -> Any:
         """The ``v``-th."""
         return self.first + v * self.gap
+
+
+def reduction_steps(w: Linear, arithmetic: Arithmetic) -> int:
+    """Vectors of a panel: of whole groups where the weight is quantised by them."""
+    if w.grouped:
+        return w.weight_groups * (WEIGHT_GROUP // arithmetic.group)
+    return math.ceil(w.in_features / arithmetic.group)
 
 
 class LinearKernel:
@@ -47,7 +57,8 @@ class LinearKernel:
         self.apart = bool(config.get("apart", False))
         self.parts = 2 if w.gated else 1
         self.panels = math.ceil(w.out_features / self.lanes)
-        self.steps = math.ceil(w.in_features / arithmetic.group)
+        self.steps = reduction_steps(w, arithmetic)
+        self.unpack = bool(config.get("unpack", False))
         self.narrow = w.out_features % self.lanes
         # Unrolled over a whole tile, a polynomial's constants and temporaries push accumulators out of registers in the
         # inner loop, at half the speed; so under an activation the tile goes through the first-level cache.
@@ -68,13 +79,18 @@ class LinearKernel:
             shapes = {spec.name: (spec.shape, spec.dtype) for spec in (*w.inputs(), *w.outputs())}
             stored = {"int8": "uint8"}.get(w.weight_dtype, w.dtype)
             shapes["weight"] = ((self.panels * self.parts, self.steps, lanes * group), stored)
-            for name in {"bias", "scale"} & set(shapes):
-                shapes[name] = ((columns,), "float32")
+            if w.grouped:
+                shapes["weight"] = ((self.panels * self.parts, self.steps, lanes), "int32")
+            for name in {"bias", "scale", "minimum"} & set(shapes):
+                by_group = (self.panels * self.parts, w.weight_groups, lanes)
+                shapes[name] = (by_group, "float16") if w.grouped and name != "bias" else ((columns,), "float32")
             operand = {name: T.arg(name, T.buffer(*shape)) for name, shape in shapes.items()}
             with T.sblock("root"):
                 self._views(operand)
                 if w.quantized:
                     self._quantize(operand["x"])
+                if w.grouped and not self.unpack:
+                    self._sum_groups(operand["x"])
                 self._tiles()
         return builder.get()
 
@@ -87,7 +103,7 @@ class LinearKernel:
         for name in {"residual", "y"} & set(operand):
             if operand[name].dtype == "bfloat16":
                 self.operand[name] = bf16.view(operand[name], "uint16")
-        if word == "int32":
+        if word == "int32" and not w.grouped:
             shape = (self.panels * self.parts, self.steps, self.lanes)
             self.operand["weight"] = T.decl_buffer(shape, word, data=operand["weight"].data)
         if w.quantized:
@@ -167,6 +183,124 @@ class LinearKernel:
         T.buffer_store(self.start, sums[0] * tirx.const(-INT8_OFFSET, "int32"), [i, g])
         T.buffer_store(self.step, steps[0] * tirx.const(1.0 / INT8_MAX, "float32"), [i, g])
 
+    # -- weights quantised by groups -----------------------------------------------------------------------------------
+
+    def _sum_groups(self, x: Any) -> None:
+        """The sum of the elements of x (rows, in_features) by group of the weight: buffer ``totals`` (rows, groups)."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        w, lanes = self.w, self.lanes
+        self.totals = T.sblock_alloc_buffer((w.rows, w.weight_groups), "float32")
+        whole, left = divmod(w.in_features, WEIGHT_GROUP)
+        parts = max(1, WEIGHT_GROUP // lanes)
+        with T.parallel(w.rows) if w.rows > _SHARED_ROWS else T.serial(w.rows) as i, T.sblock("totals"):
+            T.reads()
+            T.writes()
+            one = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+            with T.serial(whole) as g:
+                value = self.v.load(x, [i, g * WEIGHT_GROUP])
+                for part in range(1, parts):
+                    value = value + self.v.load(x, [i, g * WEIGHT_GROUP + part * lanes])
+                self.v.store(one, [0], self.v.fold(value, lambda a, b: a + b))
+                T.buffer_store(self.totals, one[0], [i, g])
+            if left:
+                T.buffer_store(self.totals, tirx.const(0.0, "float32"), [i, whole])
+                with T.serial(left) as k:
+                    T.buffer_store(self.totals, self.totals[i, whole] + x[i, whole * WEIGHT_GROUP + k], [i, whole])
+
+    def _scales(self, part: Any, g: Any) -> tuple[Any, Any]:
+        """What 2**bits steps of group ``g`` are worth in a panel, and its minimum; vectors of float32."""
+        from tvm import tirx
+
+        assert isinstance(self.arithmetic, Grouped)
+
+        def wide(name: str) -> Any:
+            return tirx.Cast(self.v.dtype, self.operand[name].vload([part, g, 0], dtype=f"float16x{self.lanes}"))
+
+        return wide("scale") * self.v.splat(float(1 << self.arithmetic.bits)), wide("minimum")
+
+    def _group(self, first: Any, count: int, panels: _Panels, element: Callable[[int, Any, Any], None]) -> None:
+        """``element(v, k, value)`` for ``count`` elements from ``first`` on of every panel; value is 1 + q / 2**bits."""
+        arithmetic, weight = self.arithmetic, self.operand["weight"]
+        assert isinstance(arithmetic, Grouped)
+
+        def word(n: Any, elements: int) -> None:
+            for v in range(panels.count * self.parts):
+                words = weight.vload(
+                    [self._part(panels, v), first // arithmetic.group + n, 0], dtype=f"int32x{self.lanes}"
+                )
+                for j in range(elements):
+                    element(v, first + n * arithmetic.group + j, arithmetic.unpacked(words, j, self.lanes))
+
+        whole, left = divmod(count, arithmetic.group)
+        chained(whole, self.unroll, 1, lambda n, c: word(n, arithmetic.group))
+        if left:
+            word(whole, left)
+
+    def _groups(self, body: Callable[[Any, int], None]) -> None:
+        """``body(g, count)`` for every group; the last may have fewer elements."""
+        from tvm.tirx.script.builder import ir as T
+
+        whole, left = divmod(self.w.in_features, WEIGHT_GROUP)
+        if whole:
+            with T.serial(whole) as g:
+                body(g, WEIGHT_GROUP)
+        if left:
+            body(whole, left)
+
+    def _unpacked(self, panels: _Panels) -> Any:
+        """A column's panels in float32: (panels, in_features, lanes)."""
+        from tvm.tirx.script.builder import ir as T
+
+        wide = panels.count * self.parts
+        floats = T.sblock_alloc_buffer((wide, self.w.in_features, self.lanes), "float32")
+
+        def group(g: Any, count: int) -> None:
+            scales = [tuple(map(T.bind, self._scales(self._part(panels, v), g))) for v in range(wide)]
+
+            def element(v: int, k: Any, value: Any) -> None:
+                scale, minimum = scales[v]
+                self.v.store(floats, [v, k, 0], (value - self.v.splat(1.0)) * scale + minimum)
+
+            self._group(g * WEIGHT_GROUP, count, panels, element)
+
+        self._groups(group)
+        return floats
+
+    def _sums_of_groups(self, row: Any, rows: int, panels: _Panels) -> Callable[[int, int], Any]:
+        """The sums of a tile with a weight that is unpacked as it is multiplied.
+
+        A group's sum of (1 + q / 2**bits) · x begins with minus the sum of x, which leaves that of q / 2**bits · x.
+        """
+        from tvm.tirx.script.builder import ir as T
+
+        wide, x = panels.count * self.parts, self.operand["x"]
+        acc = T.sblock_alloc_buffer((rows, wide, self.lanes), "float32", scope="local")
+        total = T.sblock_alloc_buffer((rows, wide, self.lanes), "float32", scope="local")
+        each = [(a, v) for a in range(rows) for v in range(wide)]
+
+        def group(g: Any, count: int) -> None:
+            for a, v in each:
+                self.v.store(acc, [a, v, 0], self.v.splat(0.0) - self.v.broadcast(self.totals[row + a, g]))
+
+            def element(v: int, k: Any, value: Any) -> None:
+                for a in range(rows):
+                    spread = self.v.broadcast(x[row + a, k])
+                    self.v.store(acc, [a, v, 0], self.v.load(acc, [a, v, 0]) + spread * value)
+
+            self._group(g * WEIGHT_GROUP, count, panels, element)
+            for v in range(wide):
+                scale, minimum = map(T.bind, self._scales(self._part(panels, v), g))
+                for a in range(rows):
+                    added = self.v.load(acc, [a, v, 0]) * scale + minimum * self.v.broadcast(self.totals[row + a, g])
+                    self.v.store(total, [a, v, 0], self.v.load(total, [a, v, 0]) + added)
+
+        for a, v in each:
+            self.v.store(total, [a, v, 0], self.v.splat(0.0))
+        self._groups(group)
+        return lambda a, v: self.v.load(total, [a, v, 0])
+
     # -- tiles ---------------------------------------------------------------------------------------------------------
 
     def _tiles(self) -> None:
@@ -194,6 +328,8 @@ class LinearKernel:
     def _column(self, first_row: Any, rows: int, panels: _Panels) -> None:
         from tvm.tirx.script.builder import ir as T
 
+        if self.unpack:
+            self.floats = self._unpacked(panels)
         if self.w.seq:
             with T.serial(rows // self.w.seq) as b:
                 self._tiles_of(b * self.w.seq, self.w.seq, panels, self.operand["lengths"][b])
@@ -238,7 +374,11 @@ class LinearKernel:
 
     def _tile(self, row: Any, rows: int, panels: _Panels, valid: Any | None) -> None:
         """``rows`` × ``panels.count`` sums; ``valid``: of so many rows at most; the others become zero."""
-        sums = self._sums_by_group if self.w.quantized else self._sums
+        sums = self._sums
+        if self.w.quantized:
+            sums = self._sums_by_group
+        elif self.w.grouped and not self.unpack:
+            sums = self._sums_of_groups
         write = self._through_memory if self.staged else self._from_registers
         write(sums(row, rows, panels), row, rows, panels, valid)
 
@@ -250,7 +390,8 @@ class LinearKernel:
         kind = self.arithmetic.accumulator
         zero = tirx.Broadcast(tirx.const(0, kind), self.lanes)
         acc = T.sblock_alloc_buffer((self.chains, rows, panels.count * self.parts, self.lanes), kind, scope="local")
-        return self._reduce(acc, row, panels, 0, self.steps, lambda a: zero)
+        steps = self.w.in_features if self.unpack else self.steps
+        return self._reduce(acc, row, panels, 0, steps, lambda a: zero)
 
     def _sums_by_group(self, row: Any, rows: int, panels: _Panels) -> Callable[[int, int], Any]:
         """The same of quantised x: exact int32 sums within a group, scaled and added in float32."""
@@ -307,8 +448,11 @@ class LinearKernel:
 
         def step(n: Any, c: int) -> None:
             k = first + n
-            loaded = [weight.vload([self._part(panels, v), k, 0], dtype=f"{self.arithmetic.word}x{self.lanes}")
-                      for v in range(wide)]  # fmt: skip
+            if self.unpack:
+                loaded = [self.v.load(self.floats, [v, k, 0]) for v in range(wide)]
+            else:
+                loaded = [weight.vload([self._part(panels, v), k, 0], dtype=f"{self.arithmetic.word}x{self.lanes}")
+                          for v in range(wide)]  # fmt: skip
             for a, v in each:
                 spread = self.v.broadcast(x[row + a, k])
                 self.v.store(acc, [c, a, v, 0], self.arithmetic.multiply_add(held(c, a, v), spread, loaded[v]))
