@@ -47,6 +47,16 @@ _V3 = ("avx2", "f16c", "fma")
 _V4 = ("avx2", "avx512bw", "avx512dq", "avx512f", "avx512vl", "f16c", "fma")
 
 
+#: By LLVM's name of the CPU: ``fmas_per_cycle`` and ``bf16_dots_per_cycle``, where they are not the usual ones. Zen 4's
+#: vector units have half a register's width. (Both by :mod:`attntune.measure.peaks`, on Zen 4 and Emerald Rapids.)
+_ISSUE = {
+    "znver4": (1.0, 1.0),
+    "sapphirerapids": (2.0, 0.5),
+    "emeraldrapids": (2.0, 0.5),
+    "graniterapids": (2.0, 0.5),
+}
+
+
 @dataclass(frozen=True)
 class Target:
     """A machine that schedules are made for.
@@ -72,6 +82,10 @@ class Target:
     l1d_bytes: int = 32 * _KIB
     l2_bytes: int = 512 * _KIB
     l3_bytes: int = 8 * _MIB
+    fmas_per_cycle: float = 2.0
+    """CPUs: multiply-adds of full vectors that a core starts in a cycle."""
+    bf16_dots_per_cycle: float = 1.0
+    """CPUs with AVX512-BF16: ``vdpbf16ps`` of full vectors that a core starts in a cycle."""
     shared_memory_bytes: int = 0
     """CUDA only: shared memory one thread block may use."""
     registers_per_block: int = 0
@@ -241,7 +255,7 @@ def _from_llvm(mcpu: str, triple: str) -> Target:
         raise TargetError(f"TVM rejects mcpu {mcpu!r} with triple {triple!r}: {error}") from None
     features = tuple(sorted(set(_CPUINFO_FEATURES.values()) & llvm_features))
     bits, registers = vector_shape(features)
-    return Target("cpu", mcpu, mcpu, triple, features, bits, registers, cores=1)
+    return _with_issue(Target("cpu", mcpu, mcpu, triple, features, bits, registers, cores=1))
 
 
 def vector_shape(features: tuple[str, ...]) -> tuple[int, int]:
@@ -266,10 +280,16 @@ def _x86(
     name: str, features: tuple[str, ...], cores: int, l1: int, l2: int, l3: int, mcpu: str | None = None
 ) -> Target:
     bits, registers = vector_shape(features)
-    return Target(
+    return _with_issue(Target(
         "cpu", name, mcpu or name, "x86_64-unknown-linux-gnu", tuple(sorted(features)), bits, registers, cores, cores,
         l1 * _KIB, l2 * _KIB, l3 * _MIB,
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+def _with_issue(target: Target) -> Target:
+    """``target`` with what is known of how many vector operations its CPU starts in a cycle."""
+    fmas, dots = _ISSUE.get(target.arch, (target.fmas_per_cycle, target.bf16_dots_per_cycle))
+    return dataclasses.replace(target, fmas_per_cycle=fmas, bf16_dots_per_cycle=dots)
 
 
 def _cuda(arch: str, sms: int, l2_mib: int, shared_kib: int, warps: int, blocks: int, *features: str) -> Target:
@@ -413,11 +433,11 @@ def native() -> Target:
     features = host_features()
     bits, registers = vector_shape(features)
     mcpu = _native_mcpu(features)
-    return Target(
+    return _with_issue(Target(
         "cpu", mcpu, mcpu, host_triple(), features, bits, registers, physical_cores(), len(available_cpus()),
         _cache_bytes(1, "Data", 32 * _KIB), _cache_bytes(2, "Unified", 512 * _KIB),
         _cache_bytes(3, "Unified", 8 * _MIB),
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def _native_mcpu(features: tuple[str, ...]) -> str:

@@ -34,8 +34,14 @@ def build_with_resources(module: Any, target: Target, *, ptx: bool = False) -> t
 
     tvm_target = target.to_tvm()
     if target.kind != "cuda":
+        from attntune.templates import cpu_lowering
+
+        cpu_lowering.register()
         with tvm_target, tvm.transform.PassContext(opt_level=3, config=PASS_CONFIG):
-            return tvm.compile(module, target=tvm_target, relax_pipeline=_relax_pipeline()), {}
+            compiled = tvm.compile(
+                module, target=tvm_target, relax_pipeline=_relax_pipeline(), tir_pipeline=cpu_lowering.PIPELINE
+            )
+        return compiled, {}
     from attntune.templates import cuda_lowering
     from attntune.templates.nvcc import as_json
 

@@ -28,11 +28,11 @@ import math
 from typing import Any
 
 from attntune.ops.workload import Workload
-from attntune.search.space import Config
+from attntune.search.space import Config, ConfigSpace, Knob
 from attntune.target import Target
 from attntune.templates.cpu import bf16
 from attntune.templates.cpu.attention import AttentionCPU, _attention
-from attntune.templates.cpu.attention_bf16_kernel import AttentionBf16Kernel
+from attntune.templates.cpu.attention_bf16_kernel import AttentionBf16Kernel, AttentionWidenedKernel
 
 
 class AttentionBf16CPU(AttentionCPU):
@@ -43,14 +43,24 @@ class AttentionBf16CPU(AttentionCPU):
         w = _attention(workload)
         return w.dtype == "bfloat16" and w.head_dim % 2 == 0 and bf16.available(target)
 
+    def space(self, workload: Workload, target: Target) -> ConfigSpace:
+        """The float32 template's, and whether operands are made float32 rather than multiplied as pairs."""
+        space = super().space(workload, target)
+        return ConfigSpace([*space.knobs, Knob("widen", (False, True))], space.constraints)
+
     def default(self, workload: Workload, target: Target) -> Config:
-        """A score tile of two query vectors by eight keys; wide blocks of queries, which share the paired values."""
+        """A score tile of two query vectors by eight keys; wide blocks of queries, which share the paired values.
+
+        Where float32 is multiplied faster than pairs, as the float32 template would have it.
+        """
         w = _attention(workload)
+        if target.fmas_per_cycle > 2 * target.bf16_dots_per_cycle:
+            return super().default(workload, target).replace(widen=True)
         query_vectors = math.ceil(w.q_len / target.lanes("float32"))
         keys = w.kv_len if w.kv_len <= 512 else 128 if w.kv_len % 128 else 512
         wanted = {
             "query_vectors": 2, "key_tile": 8, "query_tiles": min(4, max(1, query_vectors // 2)), "key_block": keys,
-            "out_rows": 4, "heads_inner": 0,
+            "out_rows": 4, "heads_inner": 0, "widen": 0,
         }  # fmt: skip
 
         def distance(config: Config) -> tuple[float, str]:
@@ -63,4 +73,9 @@ class AttentionBf16CPU(AttentionCPU):
         """See the module's description."""
         import tvm
 
-        return tvm.IRModule({"main": AttentionBf16Kernel(_attention(workload), target, config).function()})
+        kernel = AttentionWidenedKernel if config.get("widen", False) else AttentionBf16Kernel
+        return tvm.IRModule({"main": kernel(_attention(workload), target, config).function()})
+
+    def features(self, workload: Workload, target: Target, config: Config) -> dict[str, float]:
+        """The float32 template's, and how operands are multiplied."""
+        return {**super().features(workload, target, config), "widen": float(config.get("widen", False))}

@@ -16,7 +16,53 @@ _LOG2_E = math.log2(math.e)
 _ONES = 0x3F803F80
 
 
-class AttentionBf16Kernel(AttentionKernel):
+class _RoundedResults(AttentionKernel):
+    """Operands and results are bfloat16; what is kept between them is float32."""
+
+    def _place(self, b: Any, h: Any, *rest: Any) -> None:
+        super()._place(b, h, *rest)
+        self.result = bf16.view(self.operand["out"], "uint16")
+        if self.w.bias_heads and not isinstance(self.operand["bias"], bf16.Widened):
+            self.operand["bias"] = bf16.Widened(self.operand["bias"])
+
+    def _block(self) -> None:
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        with T.attr(tirx.const(0, "int32"), "pragma_import_llvm", bf16.LLVM_IR):
+            super()._block()
+
+    def _finish(self) -> None:
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        w, v, lanes = self.w, self.v, self.lanes
+        tail: Any = T.sblock_alloc_buffer((lanes,), "uint16", scope="local") if w.head_dim % lanes else None
+        with T.serial(self.queries) as i:
+            inverse = T.bind(tirx.const(1.0, "float32") / T.max(self.total[i], tirx.const(1e-30, "float32")))
+            for dim in range(self.dim_vectors):
+                at = dim * lanes
+                bits = bf16.round_to_bits(v.load(self.out, [i, at]) * v.broadcast(inverse))
+                if at + lanes <= w.head_dim:
+                    v.store(self.result, self._at(self.h, self.first + i, at), bits)
+                else:
+                    v.store(tail, [0], bits)
+                    with T.serial(w.head_dim - at) as e:
+                        T.buffer_store(self.result, tail[e], self._at(self.h, self.first + i, at + e))
+
+    def _zero_row(self, i: Any) -> None:
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        with T.serial(self.w.head_dim) as e:
+            T.buffer_store(self.result, tirx.const(0, "uint16"), self._at(self.h, self.first + i, e))
+        if self.w.weights:
+            with T.serial(self.w.kv_len) as j:
+                place = [self.b, self.h, self.first + i, j]
+                T.buffer_store(self.operand["weights"], tirx.const(0.0, "float32"), place)
+
+
+class AttentionBf16Kernel(_RoundedResults):
     """Scores over pairs of the head's elements, results over pairs of keys; blocks, masks and lengths as inherited.
 
     A pair of keys begins at an even distance from the block's first key. Ranges of keys round outwards to pairs: what
@@ -36,9 +82,7 @@ class AttentionBf16Kernel(AttentionKernel):
         super()._place(b, h, *rest)
         names = ("qkv",) * 3 if self.w.packed else ("query", "key", "value")
         self.query, self.key = (bf16.view(self.operand[name], "int32") for name in names[:2])
-        self.value, self.result = bf16.view(self.operand[names[2]], "uint16"), bf16.view(self.operand["out"], "uint16")
-        if self.w.bias_heads and not isinstance(self.operand["bias"], bf16.Widened):
-            self.operand["bias"] = bf16.Widened(self.operand["bias"])
+        self.value = bf16.view(self.operand[names[2]], "uint16")
 
     def _pair_at(self, head: Any, row: Any, pair: Any, column: int = 0) -> list[Any]:
         """Index of a pair of elements of a query or key."""
@@ -46,13 +90,11 @@ class AttentionBf16Kernel(AttentionKernel):
         return [*lead, at // 2 + pair]
 
     def _block(self) -> None:
-        from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
         self.query_pairs = T.sblock_alloc_buffer((self.block_vectors, self.pairs, self.lanes), "int32")
         self.value_pairs = T.sblock_alloc_buffer((self.key_block // 2 + 1, self.padded_dim), "int32")
-        with T.attr(tirx.const(0, "int32"), "pragma_import_llvm", bf16.IMPORT["pragma_import_llvm"]):
-            super()._block()
+        super()._block()
 
     def _transpose_queries(self) -> None:
         from tvm.tirx.script.builder import ir as T
@@ -221,33 +263,51 @@ class AttentionBf16Kernel(AttentionKernel):
             for e, dim in enumerate(dims):
                 v.store(self.out, [t * rows + a, dim * lanes], v.load(acc, [a, e, 0]))
 
-    # -- results -------------------------------------------------------------------------------------------------------
 
-    def _finish(self) -> None:
+class AttentionWidenedKernel(_RoundedResults):
+    """The float32 kernel on bfloat16 operands: each block of keys and values is made float32 before it is used.
+
+    For CPUs whose multiply-adds are faster than their products of pairs. The copies are read once for each vector of
+    queries, so they cost little, and lie side by side whatever the operands' strides.
+    """
+
+    def _place(self, b: Any, h: Any, *rest: Any) -> None:
+        super()._place(b, h, *rest)
+        names = ("qkv",) * 3 if self.w.packed else ("query", "key", "value")
+        self.query, self.key, self.value = (bf16.Widened(self.operand[name]) for name in names)
+
+    def _block(self) -> None:
+        from tvm.tirx.script.builder import ir as T
+
+        # A vector more than a row has: rows a multiple of 4 KiB apart would fight for the same lines of the cache.
+        shape = (self.key_block, (self.dim_vectors | 1) * self.lanes)
+        self.wide_keys, self.wide_values = (T.sblock_alloc_buffer(shape, "float32") for _ in range(2))
+        super()._block()
+
+    def _key_block(self, start: Any, keys: Any, first: bool) -> None:
+        from tvm.tirx.script.builder import ir as T
+
+        with T.serial(keys) as j:
+            self._widen(self.key, self.wide_keys, start + j, j, self.key_column)
+            self._widen(self.value, self.wide_values, start + j, j, self.value_column)
+        super()._key_block(start, keys, first)
+
+    def _widen(self, source: Any, wide: Any, row: Any, j: Any, column: int) -> None:
+        """Row ``row`` of the keys' or values' head to row ``j`` of its block; zeros past the head's end."""
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
-        w, v, lanes = self.w, self.v, self.lanes
-        tail: Any = T.sblock_alloc_buffer((lanes,), "uint16", scope="local") if w.head_dim % lanes else None
-        with T.serial(self.queries) as i:
-            inverse = T.bind(tirx.const(1.0, "float32") / T.max(self.total[i], tirx.const(1e-30, "float32")))
-            for dim in range(self.dim_vectors):
-                at = dim * lanes
-                bits = bf16.round_to_bits(v.load(self.out, [i, at]) * v.broadcast(inverse))
-                if at + lanes <= w.head_dim:
-                    v.store(self.result, self._at(self.h, self.first + i, at), bits)
-                else:
-                    v.store(tail, [0], bits)
-                    with T.serial(w.head_dim - at) as e:
-                        T.buffer_store(self.result, tail[e], self._at(self.h, self.first + i, at + e))
+        v, lanes = self.v, self.lanes
+        whole, left = divmod(self.w.head_dim, lanes)
+        for dim in range(whole):
+            v.store(wide, [j, dim * lanes], v.load(source, self._at(self.kv_head, row, dim * lanes, column)))
+        for lane in range(lanes if left else 0):
+            e = whole * lanes + lane
+            value = source[tuple(self._at(self.kv_head, row, e, column))] if lane < left else tirx.const(0.0, "float32")
+            T.buffer_store(wide, value, [j, e])
 
-    def _zero_row(self, i: Any) -> None:
-        from tvm import tirx
-        from tvm.tirx.script.builder import ir as T
+    def _key(self, j: Any, d: Any) -> Any:
+        return self.wide_keys[j - self.start, d]
 
-        with T.serial(self.w.head_dim) as e:
-            T.buffer_store(self.result, tirx.const(0, "uint16"), self._at(self.h, self.first + i, e))
-        if self.w.weights:
-            with T.serial(self.w.kv_len) as j:
-                place = [self.b, self.h, self.first + i, j]
-                T.buffer_store(self.operand["weights"], tirx.const(0.0, "float32"), place)
+    def _value(self, j: Any, dim: int) -> Any:
+        return self.v.load(self.wide_values, [j - self.start, dim * self.lanes])

@@ -9,6 +9,7 @@ from attntune.ops.attention import FLOOR, MASKED, Attention
 from attntune.ops.attention_expression import modified
 from attntune.search.space import Config
 from attntune.target import Target
+from attntune.templates.cpu.tasks import share_out
 from attntune.templates.cpu.vectors import Vectors
 
 _LOG2_E = math.log2(math.e)
@@ -38,6 +39,7 @@ class AttentionKernel:
         self.w = w
         self.v = Vectors(target.lanes("float32"))
         self.lanes = self.v.lanes
+        self.cores = target.cores
         self.vectors = config.integer("query_vectors")
         self.block_vectors = self.vectors * config.integer("query_tiles")
         self.key_block = min(config.integer("key_block"), w.kv_len)
@@ -74,23 +76,23 @@ class AttentionKernel:
                 if w.ragged:
                     # Each sequence rounds up to whole blocks, and so do the rows past the last.
                     blocks = self.blocks + w.batch + 1
-                    with T.parallel(w.heads * blocks) as task, T.sblock("block"):
-                        T.reads()
-                        T.writes()
-                        self._ragged_block(task // blocks, task % blocks)
+                    share_out(
+                        w.heads * blocks, self.cores, lambda task: self._ragged_block(task // blocks, task % blocks)
+                    )
                 else:
-                    with T.parallel(w.batch * w.heads * self.blocks) as task, T.sblock("block"):
-                        T.reads()
-                        T.writes()
-                        if w.lengths == "qkv":
-                            # Cores share heads: every core then has the same part of each sequence.
-                            head, b, block = task // (w.batch * self.blocks), task // self.blocks % w.batch, None
-                        elif self.heads_inner:
-                            head, b, block = task % w.heads, task // (w.heads * self.blocks), task // w.heads
-                        else:
-                            head, b, block = task // self.blocks % w.heads, task // (w.heads * self.blocks), None
-                        self._padded_block(b, head, (task if block is None else block) % self.blocks)
+                    share_out(w.batch * w.heads * self.blocks, self.cores, self._padded_task)
         return builder.get()
+
+    def _padded_task(self, task: Any) -> None:
+        w = self.w
+        if w.lengths == "qkv":
+            # Cores share heads: every core then has the same part of each sequence.
+            head, b, block = task // (w.batch * self.blocks), task // self.blocks % w.batch, None
+        elif self.heads_inner:
+            head, b, block = task % w.heads, task // (w.heads * self.blocks), task // w.heads
+        else:
+            head, b, block = task // self.blocks % w.heads, task // (w.heads * self.blocks), None
+        self._padded_block(b, head, (task if block is None else block) % self.blocks)
 
     # -- which queries and keys a block has ----------------------------------------------------------------------------
 
@@ -446,7 +448,7 @@ class AttentionKernel:
                 v.store(acc, [a, k, 0], initial)
         with T.serial(w.head_dim) as d:
             for a in range(height):
-                key = v.broadcast(self.key[tuple(self._at(self.kv_head, row[a], d, self.key_column))])
+                key = v.broadcast(self._key(row[a], d))
                 for k in range(vectors):
                     v.store(acc, [a, k, 0], v.load(acc, [a, k, 0]) + key * v.load(self.qt, self._q(g + k, d)))
         for a in range(height):
@@ -560,6 +562,10 @@ class AttentionKernel:
         for a in range(rows):
             for e, dim in enumerate(dims):
                 v.store(self.out, [t * rows + a, dim * lanes], v.load(acc, [a, e, 0]))
+
+    def _key(self, j: Any, d: Any) -> Any:
+        """One element of key row ``j``."""
+        return self.key[tuple(self._at(self.kv_head, j, d, self.key_column))]
 
     def _value(self, j: Any, dim: int) -> Any:
         """One vector of value row ``j``; the head's last vector may be partial."""

@@ -35,7 +35,7 @@ def _vector(value: float) -> str:
     return f"<{', '.join([bits] * LANES)}>"
 
 
-_LLVM_IR = """
+LLVM_IR = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
 declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
@@ -76,10 +76,10 @@ define linkonce_odr <16 x float> @attntune_bf16_exp2(<16 x float> %x) alwaysinli
 }
 """.replace("SHUFFLE", ", ".join(f"i32 {lane}, i32 {lane + LANES}" for lane in range(LANES)))
 for _power, _coefficient in enumerate(reversed(_EXP2_DEGREE_3)):
-    _LLVM_IR = _LLVM_IR.replace(f"C{_power}", _vector(_coefficient))
+    LLVM_IR = LLVM_IR.replace(f"C{_power}", _vector(_coefficient))
 
 #: Annotation for one loop of a kernel that calls functions of this module.
-IMPORT: Mapping[str, str] = {"pragma_import_llvm": _LLVM_IR}
+IMPORT: Mapping[str, str] = {"pragma_import_llvm": LLVM_IR}
 
 
 def available(target: Target) -> bool:
@@ -138,6 +138,17 @@ def from_bits(bits: Any, lanes: int = 1) -> Any:
     shift = tirx.const(16, "int32")
     wide = tirx.Cast(f"int32{suffix}", bits) << (tirx.Broadcast(shift, lanes) if lanes > 1 else shift)
     return tirx.reinterpret(f"float32{suffix}", wide)
+
+
+def from_pairs(pairs: Any, lanes: int) -> tuple[Any, Any]:
+    """int32 pairs to their lower and their higher values, float32, exactly."""
+    from tvm import tirx
+
+    def spread(value: int) -> Any:
+        return tirx.Broadcast(tirx.const(value, "int32"), lanes)
+
+    wide = f"float32x{lanes}"
+    return tirx.reinterpret(wide, pairs << spread(16)), tirx.reinterpret(wide, pairs & spread(-65536))
 
 
 class Widened:

@@ -11,15 +11,16 @@ from attntune.ops.linear import INT8_GROUP, INT8_MAX, WEIGHT_GROUP, Linear
 from attntune.search.space import Config
 from attntune.target import Target
 from attntune.templates.cpu import bf16
-from attntune.templates.cpu.arithmetic import INT8_OFFSET, Arithmetic, Grouped
-from attntune.templates.cpu.vectors import Vectors, chained
+from attntune.templates.cpu.arithmetic import INT8_OFFSET, Arithmetic, Float32, Grouped
+from attntune.templates.cpu.tasks import share_out
+from attntune.templates.cpu.vectors import PREFETCH_IR, Vectors, chained
 
 #: Up to so many rows, sums by group are not worth a parallel loop.
 _SHARED_ROWS = 16
 
 
 @dataclass(frozen=True)
-class _Panels:
+class Panels:
     """The panels of one tile: every ``gap``-th from ``first`` on."""
 
     first: Any
@@ -49,22 +50,26 @@ class LinearKernel:
         self.arithmetic = arithmetic
         self.v = Vectors(target.lanes("float32"))
         self.lanes = self.v.lanes
+        self.cores = target.cores
         self.rows = config.integer("tile_rows")
         self.vectors = config.integer("tile_vectors")
         self.unroll = config.integer("k_unroll")
         self.row_block = config.integer("row_block")
         self.chains = config.integer("chains")
+        self.prefetch = int(config.get("prefetch", 0))
         self.apart = bool(config.get("apart", False))
         self.parts = 2 if w.gated else 1
         self.panels = math.ceil(w.out_features / self.lanes)
         self.steps = reduction_steps(w, arithmetic)
-        self.unpack = bool(config.get("unpack", False))
+        self.widen = bool(config.get("widen", False))
+        self.unpack = self.widen or bool(config.get("unpack", False))
         self.narrow = w.out_features % self.lanes
         # Unrolled over a whole tile, a polynomial's constants and temporaries push accumulators out of registers in the
         # inner loop, at half the speed; so under an activation the tile goes through the first-level cache.
         self.staged = w.activation not in ("", "relu") or bool(self.narrow)
         dtypes = {spec.dtype for spec in (*w.inputs(), *w.outputs())}
-        self.imports = dict(bf16.IMPORT) if "bfloat16" in dtypes else {}
+        code = (bf16.LLVM_IR if "bfloat16" in dtypes else "") + (PREFETCH_IR if self.prefetch else "")
+        self.imports = {"pragma_import_llvm": code} if code else {}
 
     def function(self) -> Any:
         """``main(x, weight, …, y)``, constant operands packed as the template says."""
@@ -89,7 +94,9 @@ class LinearKernel:
                 self._views(operand)
                 if w.quantized:
                     self._quantize(operand["x"])
-                if w.grouped and not self.unpack:
+                if self.widen:
+                    self._widen(operand["x"])
+                elif w.grouped and not self.unpack:
                     self._sum_groups(operand["x"])
                 self._tiles()
         return builder.get()
@@ -112,8 +119,51 @@ class LinearKernel:
             self.step = T.sblock_alloc_buffer((w.rows, w.groups), "float32")
             self.start = T.sblock_alloc_buffer((w.rows, w.groups), "int32")
             self.operand["x"] = T.decl_buffer((w.rows, self.steps), word, data=self.bytes.data)
+        elif self.widen:
+            # A vector more than a row has: rows a multiple of 4 KiB apart would fight for the same lines of the cache.
+            self.operand["x"] = T.sblock_alloc_buffer((w.rows, w.in_features + self.lanes), "float32")
         elif w.dtype == "bfloat16":
             self.operand["x"] = bf16.view(operand["x"], "int32")
+
+    # -- bfloat16 as float32 -------------------------------------------------------------------------------------------
+
+    def _widen(self, x: Any) -> None:
+        """Every element of x as float32."""
+        from tvm.tirx.script.builder import ir as T
+
+        bits, wide = bf16.view(x, "uint16"), self.operand["x"]
+        whole, left = divmod(self.w.in_features, self.lanes)
+
+        def row(i: Any) -> None:
+            with T.serial(whole) as n:
+                at = [i, n * self.lanes]
+                self.v.store(wide, at, bf16.from_bits(bits.vload(at, dtype=f"uint16x{self.lanes}"), self.lanes))
+            if left:
+                with T.serial(left) as k:
+                    at = [i, whole * self.lanes + k]
+                    T.buffer_store(wide, bf16.from_bits(bits[tuple(at)]), at)
+
+        with T.parallel(self.w.rows, annotations=self.imports) as i, T.sblock("widen"):
+            T.reads()
+            T.writes()
+            row(i)
+
+    def _widened_panels(self, panels: Panels) -> Any:
+        """A column's panels in float32: (panels, in_features, lanes)."""
+        from tvm.tirx.script.builder import ir as T
+
+        wide = panels.count * self.parts
+        floats = T.sblock_alloc_buffer((wide, self.w.in_features, self.lanes), "float32")
+        for v in range(wide):
+
+            def step(n: Any, _: int, v: int = v) -> None:
+                pairs = self.operand["weight"].vload([self._part(panels, v), n, 0], dtype=f"int32x{self.lanes}")
+                low, high = bf16.from_pairs(T.bind(pairs), self.lanes)
+                self.v.store(floats, [v, n * 2, 0], low)
+                self.v.store(floats, [v, n * 2 + 1, 0], high)
+
+            chained(self.steps, 4, 1, step)
+        return floats
 
     # -- quantisation --------------------------------------------------------------------------------------------------
 
@@ -220,7 +270,7 @@ class LinearKernel:
 
         return wide("scale") * self.v.splat(float(1 << self.arithmetic.bits)), wide("minimum")
 
-    def _group(self, first: Any, count: int, panels: _Panels, element: Callable[[int, Any, Any], None]) -> None:
+    def _group(self, first: Any, count: int, panels: Panels, element: Callable[[int, Any, Any], None]) -> None:
         """``element(v, k, value)`` for ``count`` elements from ``first`` on of every panel; value is 1 + q / 2**bits."""
         arithmetic, weight = self.arithmetic, self.operand["weight"]
         assert isinstance(arithmetic, Grouped)
@@ -249,7 +299,7 @@ class LinearKernel:
         if left:
             body(whole, left)
 
-    def _unpacked(self, panels: _Panels) -> Any:
+    def _unpacked(self, panels: Panels) -> Any:
         """A column's panels in float32: (panels, in_features, lanes)."""
         from tvm.tirx.script.builder import ir as T
 
@@ -268,7 +318,7 @@ class LinearKernel:
         self._groups(group)
         return floats
 
-    def _sums_of_groups(self, row: Any, rows: int, panels: _Panels) -> Callable[[int, int], Any]:
+    def _sums_of_groups(self, row: Any, rows: int, panels: Panels) -> Callable[[int, int], Any]:
         """The sums of a tile with a weight that is unpacked as it is multiplied.
 
         A group's sum of (1 + q / 2**bits) · x begins with minus the sum of x, which leaves that of q / 2**bits · x.
@@ -305,38 +355,37 @@ class LinearKernel:
 
     def _tiles(self) -> None:
         """All row blocks and columns of tiles, in parallel; the last of either may be smaller."""
-        from tvm.tirx.script.builder import ir as T
-
         height = self.row_block or self.w.rows
         blocks, last_height = divmod(self.w.rows, height)
         columns, last_vectors = divmod(self.panels, self.vectors)
         in_block = columns + bool(last_vectors)
         tasks = (blocks + bool(last_height)) * in_block
-        with T.parallel(tasks, annotations=self.imports) as task, T.sblock("column"):
-            T.reads()
-            T.writes()
+
+        def column_of_tiles(task: Any) -> None:
             block, column = task // in_block, task % in_block
 
             def in_column(vectors: int) -> None:
                 first_row, spread = block * height, self.apart and vectors == self.vectors
-                panels = _Panels(column if spread else column * self.vectors, columns if spread else 1, vectors)
+                panels = Panels(column if spread else column * self.vectors, columns if spread else 1, vectors)
                 _either(block, blocks, last_height, lambda: self._column(first_row, height, panels),
                         lambda: self._column(first_row, last_height, panels))  # fmt: skip
 
             _either(column, columns, last_vectors, lambda: in_column(self.vectors), lambda: in_column(last_vectors))
 
-    def _column(self, first_row: Any, rows: int, panels: _Panels) -> None:
+        share_out(tasks, self.cores, column_of_tiles, self.imports)
+
+    def _column(self, first_row: Any, rows: int, panels: Panels) -> None:
         from tvm.tirx.script.builder import ir as T
 
         if self.unpack:
-            self.floats = self._unpacked(panels)
+            self.floats = self._widened_panels(panels) if self.widen else self._unpacked(panels)
         if self.w.seq:
             with T.serial(rows // self.w.seq) as b:
                 self._tiles_of(b * self.w.seq, self.w.seq, panels, self.operand["lengths"][b])
         else:
             self._tiles_of(first_row, rows, panels, None)
 
-    def _tiles_of(self, first_row: Any, rows: int, panels: _Panels, length: Any | None) -> None:
+    def _tiles_of(self, first_row: Any, rows: int, panels: Panels, length: Any | None) -> None:
         """``rows`` rows; with ``length``, only so many are computed, and the rest is zero."""
         from tvm.tirx.script.builder import ir as T
 
@@ -357,7 +406,7 @@ class LinearKernel:
         if tail:
             tile(tiles * self.rows, tail)
 
-    def _zeros(self, row: Any, rows: int, panels: _Panels) -> None:
+    def _zeros(self, row: Any, rows: int, panels: Panels) -> None:
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
@@ -372,7 +421,7 @@ class LinearKernel:
                 with T.serial(self.lanes) as lane, T.If(first + lane < self.w.out_features), T.Then():
                     T.buffer_store(y, zero, [row + a, first + lane])
 
-    def _tile(self, row: Any, rows: int, panels: _Panels, valid: Any | None) -> None:
+    def _tile(self, row: Any, rows: int, panels: Panels, valid: Any | None) -> None:
         """``rows`` × ``panels.count`` sums; ``valid``: of so many rows at most; the others become zero."""
         sums = self._sums
         if self.w.quantized:
@@ -382,7 +431,7 @@ class LinearKernel:
         write = self._through_memory if self.staged else self._from_registers
         write(sums(row, rows, panels), row, rows, panels, valid)
 
-    def _sums(self, row: Any, rows: int, panels: _Panels) -> Callable[[int, int], Any]:
+    def _sums(self, row: Any, rows: int, panels: Panels) -> Callable[[int, int], Any]:
         """The sums of a tile, by row and panel; vectors of float32."""
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
@@ -393,7 +442,7 @@ class LinearKernel:
         steps = self.w.in_features if self.unpack else self.steps
         return self._reduce(acc, row, panels, 0, steps, lambda a: zero)
 
-    def _sums_by_group(self, row: Any, rows: int, panels: _Panels) -> Callable[[int, int], Any]:
+    def _sums_by_group(self, row: Any, rows: int, panels: Panels) -> Callable[[int, int], Any]:
         """The same of quantised x: exact int32 sums within a group, scaled and added in float32."""
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
@@ -426,7 +475,7 @@ class LinearKernel:
         return held
 
     def _reduce(
-        self, acc: Any, row: Any, panels: _Panels, first: Any, steps: int, start: Callable[[int], Any]
+        self, acc: Any, row: Any, panels: Panels, first: Any, steps: int, start: Callable[[int], Any]
     ) -> Callable[[int, int], Any]:
         """``steps`` reduction steps from ``first`` on, into ``acc`` (chains, rows, panels, lanes).
 
@@ -436,6 +485,7 @@ class LinearKernel:
 
         chains, rows, wide, _ = (int(extent) for extent in acc.shape)
         x, weight, kind = self.operand["x"], self.operand["weight"], acc.dtype
+        multiply_add = (Float32() if self.unpack else self.arithmetic).multiply_add
         zero = tirx.Broadcast(tirx.const(0, kind), self.lanes)
         each = [(a, v) for a in range(rows) for v in range(wide)]
 
@@ -453,9 +503,15 @@ class LinearKernel:
             else:
                 loaded = [weight.vload([self._part(panels, v), k, 0], dtype=f"{self.arithmetic.word}x{self.lanes}")
                           for v in range(wide)]  # fmt: skip
+            if self.prefetch:
+                for v in range(wide):
+                    if self.unpack:
+                        self.v.prefetch(self.floats, [v, k + self.prefetch, 0])
+                    else:
+                        self.v.prefetch(weight, [self._part(panels, v), k + self.prefetch, 0])
             for a, v in each:
                 spread = self.v.broadcast(x[row + a, k])
-                self.v.store(acc, [c, a, v, 0], self.arithmetic.multiply_add(held(c, a, v), spread, loaded[v]))
+                self.v.store(acc, [c, a, v, 0], multiply_add(held(c, a, v), spread, loaded[v]))
 
         chained(steps, self.unroll, chains, step)
         for c in range(1, chains):
@@ -463,13 +519,13 @@ class LinearKernel:
                 self.v.store(acc, [0, a, v, 0], held(0, a, v) + held(c, a, v))
         return lambda a, v: held(0, a, v)
 
-    def _part(self, panels: _Panels, v: Any) -> Any:
+    def _part(self, panels: Panels, v: Any) -> Any:
         """Which of the weight's panels ``v`` is, counted over those of both parts."""
         return panels.at(v // self.parts) * self.parts + v % self.parts
 
     # -- epilogue ------------------------------------------------------------------------------------------------------
 
-    def _value(self, held: Callable[[int, int], Any], a: int, panels: _Panels, v: int) -> Any:
+    def _value(self, held: Callable[[int, int], Any], a: int, panels: Panels, v: int) -> Any:
         """A vector of sums with its bias; ``v`` counts the panels of both parts."""
         at = self._part(panels, v) * self.lanes
         value = held(a, v)
@@ -478,7 +534,7 @@ class LinearKernel:
         return value + self.v.load(self.operand["bias"], [at]) if self.w.bias else value
 
     def _from_registers(
-        self, held: Callable[[int, int], Any], row: Any, rows: int, panels: _Panels, valid: Any | None
+        self, held: Callable[[int, int], Any], row: Any, rows: int, panels: Panels, valid: Any | None
     ) -> None:
         from tvm.tirx.script.builder import ir as T
 
@@ -492,17 +548,23 @@ class LinearKernel:
                 self._write(row + a, panels.at(v) * self.lanes, value, None if valid is None else a < valid)
 
     def _through_memory(
-        self, held: Callable[[int, int], Any], row: Any, rows: int, panels: _Panels, valid: Any | None
+        self, held: Callable[[int, int], Any], row: Any, rows: int, panels: Panels, valid: Any | None
     ) -> None:
+        from tvm.tirx.script.builder import ir as T
+
+        stage = T.sblock_alloc_buffer((rows, panels.count * self.parts, self.lanes), "float32")
+        for a in range(rows):
+            for v in range(panels.count * self.parts):
+                self.v.store(stage, [a, v, 0], self._value(held, a, panels, v))
+        self._finish(stage, row, rows, panels, valid)
+
+    def _finish(self, stage: Any, row: Any, rows: int, panels: Panels, valid: Any | None) -> None:
+        """``stage`` (rows, panels of both parts, lanes), sums with their bias, to y."""
         from tvm.tirx.script.builder import ir as T
 
         from attntune.ops import math as tmath
 
         w, lanes = self.w, self.lanes
-        stage = T.sblock_alloc_buffer((rows, panels.count * self.parts, lanes), "float32")
-        for a in range(rows):
-            for v in range(panels.count * self.parts):
-                self.v.store(stage, [a, v, 0], self._value(held, a, panels, v))
         with T.serial(rows) as a, T.unroll(panels.count) as v:
             at, inside = v * self.parts, None if valid is None else a < valid
             if w.activation:

@@ -5,6 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+#: LLVM IR for :meth:`Vectors.prefetch`, for a ``pragma_import_llvm`` on a loop of the kernel.
+PREFETCH_IR = """
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+
+define linkonce_odr i32 @attntune_prefetch(ptr %line) alwaysinline {
+  call void @llvm.prefetch.p0(ptr %line, i32 0, i32 3, i32 1)
+  ret i32 0
+}
+"""
+
 
 class Vectors:
     """Float32 vectors of ``lanes`` elements."""
@@ -23,6 +33,13 @@ class Vectors:
         from tvm.tirx.script.builder import ir as T
 
         T.buffer_store(buffer, value, [*at[:-1], tirx.Ramp(at[-1], 1, self.lanes)])
+
+    def prefetch(self, buffer: Any, at: list[Any]) -> None:
+        """Ask for the cache line of ``buffer`` at ``at``, which may lie past its end; needs :data:`PREFETCH_IR`."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        T.evaluate(tirx.call_extern("int32", "attntune_prefetch", tirx.address_of(buffer[tuple(at)])))
 
     def broadcast(self, value: Any) -> Any:
         """A scalar expression in every lane."""
