@@ -15,9 +15,9 @@ Loop nest, outermost first:
 A tile of few rows (decoding) has too few accumulators to hide an addition's latency: ``chains`` sums run side by side.
 Its panels may lie ``apart``, each in a part of the weight of its own, so that memory is read in several long streams.
 With int8 weights, x is quantised first, all cores sharing its rows.
-Weights quantised by groups are unpacked in registers as they are multiplied, or (``unpack``) once a column of tiles into
-float32 panels in the second-level cache, which pays from some rows on. Sums of the elements of x, by group, come first:
-with them a group's minimum is one multiply-add.
+Weights quantised by groups are unpacked in registers as they are multiplied, or (``unpack``) once a column of tiles
+into float32 panels in the second-level cache, which pays from some rows on. Sums of the elements of x, by group, come
+first: with them a group's minimum is one multiply-add.
 
 Ladder (rows 128, in 384, out 1536, float32; 2 cores of Zen 4, measured peak 230 GFLOP/s, weights from memory):
 
