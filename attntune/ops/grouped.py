@@ -78,6 +78,8 @@ def _four_bits(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     best = _Best(values, 15)
     best.offer_stored(4)
     rest = best.unsettled()
+    if not len(rest):
+        return best.found
     least, range_ = best.least[rest], (best.greatest - best.least)[rest]
     for steps in _STEPS:
         best.fit(range_ / np.float32(steps), least, rest)

@@ -106,6 +106,7 @@ class LinearCPU(ScheduleTemplate):
         lanes = target.lanes("float32")
         parts = 2 if w.gated else 1
         panels = math.ceil(w.out_features / lanes)
+        group = _arithmetic(w, target).group
 
         def cost(config: Config) -> tuple[float, str]:
             rows, vectors, chains = (config.integer(n) for n in ("tile_rows", "tile_vectors", "chains"))
@@ -119,7 +120,8 @@ class LinearCPU(ScheduleTemplate):
                 for width, times in ((width, times * count) for width, count in _split(panels, vectors))
             )
             tails = 1.0 + 0.02 * bool(w.rows % rows) + 0.01 * bool(panels % vectors)
-            unrolling = 1.0 + 0.01 * abs(config.integer("k_unroll") * chains - (4 if w.rows > 1 else 8))
+            unrolled = config.integer("k_unroll") * chains * (group if w.grouped else 1)
+            unrolling = 1.0 + 0.01 * abs(unrolled - (4 if w.rows > 1 else 8))
             if w.activation not in ("", "relu") and vectors < 4 and w.rows > _LATENCY:
                 # Short rows leave the activation's loop few vectors to overlap: 8×3 was 7 % slower than 4×4 and 4×6.
                 unrolling *= 1.1
