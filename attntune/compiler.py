@@ -75,8 +75,9 @@ def compile(
             after it, and analytic defaults where nothing is known.
         shapes: the (batch, seq) buckets to compile; by default batches 1, 2, 4 and 8 by lengths up to the model's.
         entries: entry points to compile; all by default.
-        precision: ``float32``, ``bfloat16`` or ``int8``, see :func:`attntune.models.precision.at_precision`; inputs
-            and outputs stay what they are. A target without the instructions gets float32, and ``on_progress`` is told.
+        precision: ``float32``, ``bfloat16``, ``int8`` or ``int4``, see
+            :func:`attntune.models.precision.at_precision`; inputs and outputs stay what they are. A target without the
+            instructions gets float32, and ``on_progress`` is told.
         on_progress: called with a line at each stage.
 
     Raises:
@@ -175,6 +176,7 @@ def _pack_weights(
 ) -> dict[str, np.ndarray]:
     """Every weight once, in the layout its kernels read."""
     packed: dict[str, np.ndarray] = {}
+    names = _first_names(model)
     for entry in entries:
         dims = dict.fromkeys(model.entry(entry).dims(), 1)
         for call in model.calls(entry):
@@ -184,7 +186,7 @@ def _pack_weights(
                 if name not in model.weights:
                     continue
                 packing = packings.get(spec.name)
-                key = _packed_name(name, spec, packing)
+                key = _packed_name(names[name], spec, packing)
                 if key not in packed:
                     packed[key] = model.weights[name] if packing is None else packing.apply(model.weights[name])
     return packed
@@ -193,6 +195,12 @@ def _pack_weights(
 def _packed_name(name: str, spec: TensorSpec, packing: Any) -> str:
     """A weight read in two layouts is stored twice, under two names."""
     return name if packing is None else f"{name}:{'x'.join(map(str, packing.spec.shape))}"
+
+
+def _first_names(model: Model) -> dict[str, str]:
+    """Name of a weight → the first name of its array: what is tied is stored once, if it is read in one layout."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(values), name) for name, values in model.weights.items()}
 
 
 # -- lowering ----------------------------------------------------------------------------------------------------------
@@ -246,6 +254,7 @@ def _emit_function(
     for key, (shape, dtype) in _weight_parameters(model, entry, target).items():
         parameters[key] = relax.Var(_identifier(key), relax.TensorType(shape, dtype))
     values = dict(parameters)
+    names = _first_names(model)
     flops = 0.0
     with builder.function(name, list(parameters.values())):
         with builder.dataflow():
@@ -256,7 +265,7 @@ def _emit_function(
                 args = []
                 for arg, spec in zip(call.args, workload.inputs(), strict=True):
                     if arg in constants:
-                        args.append(values[_packed_name(arg, spec, packings.get(spec.name))])
+                        args.append(values[_packed_name(names[arg], spec, packings.get(spec.name))])
                     else:
                         args.append(_shaped(builder, values[arg], spec.shape))
                 values.update(zip(call.results, _emit_call(builder, variables[workload], workload, args), strict=True))
@@ -286,6 +295,7 @@ def _emit_call(builder: Any, variable: Any, workload: Workload, args: list[Any])
 def _weight_parameters(model: Model, entry: str, target: Target) -> dict[str, tuple[tuple[int, ...], str]]:
     """Packed weights that ``entry`` reads: stored name → shape and dtype, in order of first use."""
     found: dict[str, tuple[tuple[int, ...], str]] = {}
+    names = _first_names(model)
     dims = dict.fromkeys(model.entry(entry).dims(), 1)
     for call in model.calls(entry):
         workload = call.workload(dims, frozenset(model.weights))
@@ -294,7 +304,7 @@ def _weight_parameters(model: Model, entry: str, target: Target) -> dict[str, tu
             if arg in model.weights:
                 packing = packings.get(spec.name)
                 stored = spec if packing is None else packing.spec
-                found[_packed_name(arg, spec, packing)] = (stored.shape, stored.dtype)
+                found[_packed_name(names[arg], spec, packing)] = (stored.shape, stored.dtype)
     return found
 
 

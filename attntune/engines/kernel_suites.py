@@ -20,7 +20,6 @@ LENGTHS = (64, 128, 197, 256, 512, 777, 1024, 2048, 4096)
 CACHE_LENGTHS = (512, 1024, 2048, 4096, 8192)
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 
-
 #: Those that are of the weight alone, and its dtype.
 _WEIGHTS = {"int8": "int8", "int4": "uint4"}
 

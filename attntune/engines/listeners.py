@@ -50,6 +50,13 @@ class AttntuneInt8Listener(AttntuneListener):
     precision: ClassVar[str] = "int8"
 
 
+class AttntuneInt4Listener(AttntuneListener):
+    """float32 with weights of 4 and 8 bits."""
+
+    title: ClassVar[str] = "attntune int4"
+    precision: ClassVar[str] = "int4"
+
+
 class CTranslate2Listener(Engine):
     """CTranslate2 on the directory itself."""
 
@@ -89,6 +96,7 @@ LISTENERS: dict[str, type[Engine]] = {
     "attntune": AttntuneListener,
     "attntune-bf16": AttntuneBFloat16Listener,
     "attntune-int8": AttntuneInt8Listener,
+    "attntune-int4": AttntuneInt4Listener,
     "ctranslate2": CTranslate2Listener,
     "ctranslate2-int8": CTranslate2Int8Listener,
 }

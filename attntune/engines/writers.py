@@ -123,7 +123,7 @@ class AttntuneInt8Writer(AttntuneWriter):
 
 
 class AttntuneInt4Writer(AttntuneWriter):
-    """The same with weights of 4 bits, 8 for the vocabulary; float32 otherwise."""
+    """float32 with weights of 4 and 8 bits: of a GGUF file its own."""
 
     title: ClassVar[str] = "attntune int4"
     precision: ClassVar[str] = "int4"

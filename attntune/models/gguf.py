@@ -32,6 +32,19 @@ _PARTS = {
 }
 _WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
+#: Part of a layer in attntune → what of a file it is made of.
+_JOINED = {
+    "attention.qkv": ("attn_q", "attn_k", "attn_v"),
+    "attention.output": ("attn_output",),
+    "feed_forward.up": ("ffn_gate", "ffn_up"),
+    "feed_forward.down": ("ffn_down",),
+}
+
+#: Bits of a type of which quantisation by groups finds the values again (Q4_K's but for the rounding of its scales); of
+#: every other type that is quantised it takes 8.
+_BITS = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
 #: Keeps what was unpacked for models that are loaded until the process ends.
 _unpacked: list[tempfile.TemporaryDirectory[str]] = []
 
@@ -45,7 +58,7 @@ def load(path: Path) -> Model:
     Raises:
         ModelError: the file is absent or damaged, or its architecture, an option or a tensor is not supported.
     """
-    fields, tensors = read(path)
+    fields, tensors, kinds = read(path)
     config = config_from_metadata(fields, path.name)
     if "rope_freqs.weight" in tensors:
         raise ModelError(f"{path.name}: tensor rope_freqs.weight (scaled rotary embedding) is not supported")
@@ -59,11 +72,33 @@ def load(path: Path) -> Model:
     for name, content in tokenizer_files(fields, path.name).items():
         (Path(folder.name) / name).write_text(json.dumps(content, ensure_ascii=False))
     model.directory = Path(folder.name)
+    model.bits = _bits(kinds, config.num_layers)
     return model
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Metadata by key, and every tensor in float32 by name.
+def _bits(kinds: Mapping[str, str], layers: int) -> dict[str, int]:
+    """Bits by which int4 finds again what a file holds quantised, by name of a weight; of joined parts the most.
+
+    Args:
+        kinds: type of every tensor of the file.
+        layers: how many the model has.
+    """
+    made_of = {
+        "embedding.table": ["token_embd"],
+        "head.weight": ["output" if "output.weight" in kinds else "token_embd"],
+    }
+    for index in range(layers):
+        made_of |= {f"layers.{index}.{n}.weight": [f"blk.{index}.{p}" for p in parts] for n, parts in _JOINED.items()}
+    found = {}
+    for name, parts in made_of.items():
+        of_parts = {kinds[f"{part}.weight"] for part in parts}
+        if not of_parts & set(_FLOATS):
+            found[name] = max(_BITS.get(kind, 8) for kind in of_parts)
+    return found
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, str]]:
+    """Metadata by key, every tensor in float32 by name, and the types in which the file holds them, such as ``Q4_1``.
 
     Raises:
         ModelError: the file is absent or damaged, or the ``gguf`` package is missing.
@@ -83,7 +118,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         }
     except (ValueError, IndexError, KeyError, OSError, NotImplementedError) as error:
         raise ModelError(f"{path} is not a GGUF file that can be read: {error}") from None
-    return fields, tensors
+    return fields, tensors, {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
 
 
 def config_from_metadata(fields: Mapping[str, Any], source: str) -> decoder.DecoderConfig:

@@ -138,6 +138,9 @@ class Model:
     """Where it was read from, and where its tokenizer is."""
     precision: str = "float32"
     """What it computes in; see :mod:`attntune.models.precision`."""
+    bits: Mapping[str, int] = field(default_factory=dict)
+    """Bits by name of weights that their file holds quantised, so many that int4 finds what it holds again; at int4, of
+    every weight that is quantised."""
     default_dims: Mapping[str, int] = field(default_factory=dict)
     """Values of symbolic dimensions where a shape leaves them out, such as the capacity ``context`` of a cache."""
     shapes: tuple[Mapping[str, int], ...] = ()
@@ -197,7 +200,7 @@ class Model:
             if self.precision != "float32":
                 wide = [spec.name for spec in self.entries[entry].outputs if spec.dtype == "float32"]
                 given = [s.name for s in self.entries[entry].inputs if s.dtype == "float32" and not s.carried]
-                calls = retyped(calls, self.precision, wide, self.weights, given)
+                calls = retyped(calls, self.precision, wide, self.weights, given, self.bits)
             cache[entry] = calls
         return cache[entry]
 

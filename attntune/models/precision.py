@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from attntune.errors import ModelError
-from attntune.ops.linear import GROUPED, WEIGHT_GROUP, quantize_groups, quantize_weight
+from attntune.models import int4
+from attntune.ops.linear import quantize_weight
 from attntune.ops.workload import as_dtype
 from attntune.target import Target
 
@@ -23,7 +24,6 @@ _WIDENING = ("add_positions", "embedding", "layer_norm", "linear", "mean_pool", 
 #: Operators whose last two operands, where they have a ``style``, are cosines and sines: float32 at any precision.
 _ROTATING = ("rope", "kv_append")
 _SCALE = ":scale"
-_MINIMUM = ":minimum"
 
 
 def supported(precision: str, target: Target) -> tuple[str, str]:
@@ -53,9 +53,9 @@ def at_precision(model: Model, precision: str) -> Model:
     ``bfloat16``: weights and what operators hand on are bfloat16; sums, softmax and normalisation stay float32.
     ``int8``: the same, and weights of linear layers are int8 with one scale an output feature, multiplied with
     activations that the kernels quantise, 64 values of a row at a time.
-    ``int4``: float32, but for the weights of linear layers, which are 4 bits with a scale and a minimum for 32 values of
-    a row; 8 bits in the layer that makes an output, such as a language model's logits. What a GGUF file holds as Q4_1
-    and Q8_0 is kept exactly.
+    ``int4``: float32, but for the weights of linear layers, of 4 bits with a scale and a minimum for 32 values of a
+    row, and 8 bits where rounding costs more and for embeddings (:mod:`attntune.models.int4`). What a GGUF file holds
+    as Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0 is kept exactly.
     """
     if precision == model.precision:
         return model
@@ -63,13 +63,14 @@ def at_precision(model: Model, precision: str) -> Model:
         raise ModelError(f"expected a float32 model to convert to {precision}, got one at {model.precision}")
     if precision not in PRECISIONS:
         raise ModelError(f"unknown precision {precision!r}; expected one of {PRECISIONS}")
+    if precision == "int4":
+        bits = int4.bits_of_weights(model)
+        return dataclasses.replace(model, precision=precision, weights=int4.converted(model, bits), bits=bits)
     return dataclasses.replace(
         model,
         precision=precision,
         weights=_weights(model, precision),
-        entries=model.entries
-        if precision == "int4"
-        else {
+        entries={
             name: dataclasses.replace(entry, inputs=_narrowed(entry.inputs), outputs=_narrowed(entry.outputs))
             for name, entry in model.entries.items()
         },
@@ -90,56 +91,23 @@ def retyped(
     outputs: Sequence[str],
     weights: Mapping[str, object],
     inputs: Sequence[str] = (),
+    bits: Mapping[str, int] | None = None,
 ) -> tuple[OpCall, ...]:
     """Operator calls of a float32 entry at ``precision``; ``inputs`` are float32 still, and ``outputs`` made so.
+
+    At int4, ``bits`` says which weights are quantised.
 
     Raises:
         ModelError: naming an operator that makes an output and cannot write float32 from bfloat16.
     """
     if precision == "int4":
-        return tuple(_grouped(call, call.result in outputs, weights) for call in calls)
+        return tuple(int4.retyped(call, bits or {}) for call in calls)
     read = {arg for call in calls for arg in call.args}
     found = []
     for call in calls:
         retyped_call = _retyped(call, precision, call.result in outputs, call.result in read, weights)
         found.append(_reading(retyped_call, call, inputs))
     return tuple(found)
-
-
-def _grouped(call: OpCall, is_output: bool, weights: Mapping[str, object]) -> OpCall:
-    """``call`` with its weight quantised by groups, if it is a linear layer's."""
-    if call.op != "linear" or call.args[1] not in weights:
-        return call
-    x, weight, *others = call.args
-    x_shape, (rows, width), *other_shapes = call.arg_shapes
-    x_dtype, _, *other_dtypes = call.arg_dtypes
-    groups = (rows, -(-int(width) // WEIGHT_GROUP))
-    return dataclasses.replace(
-        call,
-        args=(x, weight, weight + _SCALE, weight + _MINIMUM, *others),
-        arg_shapes=(x_shape, (rows, width), groups, groups, *other_shapes),
-        arg_dtypes=(x_dtype, "uint8", "float16", "float16", *other_dtypes),
-        attrs={**call.attrs, "weight_dtype": "uint8" if is_output else "uint4"},
-    )
-
-
-def _grouped_weights(model: Model) -> dict[str, np.ndarray]:
-    stored: dict[str, str] = {}
-    for name, entry in model.entries.items():
-        outputs = [spec.name for spec in entry.outputs]
-        for call in model.calls(name):
-            if call.op == "linear" and call.args[1] in model.weights:
-                dtype = "uint8" if call.result in outputs else "uint4"
-                if stored.setdefault(call.args[1], dtype) != dtype:
-                    raise ModelError(f"int4: expected {call.args[1]!r} to make an output in every entry or in none")
-    converted: dict[str, np.ndarray] = {}
-    for name, values in model.weights.items():
-        if name in stored:
-            quantized, scale, minimum = quantize_groups(values, GROUPED[stored[name]])
-            converted |= {name: quantized, name + _SCALE: scale, name + _MINIMUM: minimum}
-        else:
-            converted[name] = values
-    return converted
 
 
 def _reading(call: OpCall, before: OpCall, inputs: Sequence[str]) -> OpCall:
@@ -192,8 +160,6 @@ def _quantizes(call: OpCall, precision: str, weights: Mapping[str, object]) -> b
 
 
 def _weights(model: Model, precision: str) -> dict[str, np.ndarray]:
-    if precision == "int4":
-        return _grouped_weights(model)
     quantized = {
         call.args[1] for entry in model.entries for call in model.calls(entry)
         if _quantizes(call, precision, model.weights)

@@ -1,13 +1,15 @@
-"""Embedding: rows of a table picked by token id, scaled, with position embeddings added where a model has them."""
+"""Embedding: rows of a table picked by token id, scaled, with position embeddings added if a model has them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
+from attntune.ops.grouped import GROUPED, WEIGHT_GROUP, quantize_groups, ungrouped
 from attntune.ops.workload import FLOAT_DTYPES, TensorSpec, Workload, one_of, positive, random_operand, require
 
 
@@ -20,6 +22,9 @@ class Embedding(Workload):
 
     ``p = position_offset + i``; with ``lengths`` it is ``position_offset + lengths[b] - seq + i``: the tokens are then
     the last ones of sequences that are lengths[b] long by now. p is clamped to the table.
+
+    With ``weight_dtype`` the table is quantised by groups, as :mod:`attntune.ops.grouped` has it: scale and minimum
+    (vocab, groups) float16, constant, follow it.
 
     Kernels assume 0 <= ids < vocab and read out of bounds otherwise; whoever calls a kernel with ids from outside
     checks them first, as the runtime does.
@@ -39,11 +44,18 @@ class Embedding(Workload):
     dtype: str = "float32"
     out_dtype: str = ""
     """Of y; ``""`` means ``dtype``."""
+    weight_dtype: str = ""
+    """Of the table; ``""`` means ``dtype``; or ``"uint4"`` or ``"uint8"``."""
 
     def __post_init__(self) -> None:
         positive(self.op, batch=self.batch, seq=self.seq, vocab=self.vocab, features=self.features)
         one_of(self.op, "dtype", self.dtype, FLOAT_DTYPES)
         one_of(self.op, "out_dtype", self.out_dtype, ("", *FLOAT_DTYPES))
+        one_of(self.op, "weight_dtype", self.weight_dtype, ("", *GROUPED))
+        require(
+            not self.weight_dtype or self.dtype == "float32",
+            f"embedding: expected dtype float32 with a {self.weight_dtype} table, got {self.dtype}",
+        )
         require(self.positions >= 0, f"embedding: expected positions >= 0, got {self.positions}")
         require(
             self.positions > 0 or not (self.lengths or self.position_offset),
@@ -55,22 +67,28 @@ class Embedding(Workload):
 
     @classmethod
     def from_call(cls, attrs: Mapping[str, Any], args: Sequence[TensorSpec]) -> Embedding:
-        """From a model's call: ids, table, then position and lengths as ``attrs`` say."""
+        """From a model's call: ids, table, what a quantised one is scaled by, then what ``attrs`` say."""
         ids, table = args[:2]
+        stored = str(attrs.get("weight_dtype", ""))
+        rest = args[4 if stored else 2 :]
         has_position = bool(attrs.get("position", False))
         return cls(
             batch=ids.shape[0], seq=ids.shape[1], vocab=table.shape[0], features=table.shape[1],
-            positions=args[2].shape[0] if has_position else 0, lengths=bool(attrs.get("lengths", False)),
+            positions=rest[0].shape[0] if has_position else 0, lengths=bool(attrs.get("lengths", False)),
             position_offset=int(attrs.get("position_offset", 0)), scale=float(attrs.get("scale", 1.0)),
-            dtype=table.dtype, out_dtype=str(attrs.get("out_dtype", "")),
+            dtype="float32" if stored else table.dtype, out_dtype=str(attrs.get("out_dtype", "")), weight_dtype=stored,
         )  # fmt: skip
 
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """Ids, table, then position and lengths where the variant has them."""
+        """Ids, table (a byte an element if quantised), then scale, minimum, position and lengths if there are such."""
+        stored = "uint8" if self.weight_dtype else self.dtype
         specs = [
             TensorSpec("ids", (self.batch, self.seq), "int64"),
-            TensorSpec("table", (self.vocab, self.features), self.dtype, constant=True),
+            TensorSpec("table", (self.vocab, self.features), stored, constant=True),
         ]
+        if self.weight_dtype:
+            shape = (self.vocab, math.ceil(self.features / WEIGHT_GROUP))
+            specs += [TensorSpec(name, shape, "float16", constant=True) for name in ("scale", "minimum")]
         if self.positions:
             specs.append(TensorSpec("position", (self.positions, self.features), self.dtype, constant=True))
         if self.lengths:
@@ -95,6 +113,11 @@ class Embedding(Workload):
 
         def element(b: Any, i: Any, j: Any) -> Any:
             value = table[ids[b, i], j].astype("float32")
+            if self.weight_dtype:
+                scale, minimum = (
+                    operand[name][ids[b, i], j // WEIGHT_GROUP].astype("float32") for name in ("scale", "minimum")
+                )
+                value = value * scale + minimum
             if self.scale != 1.0:
                 value = value * tirx.const(self.scale, "float32")
             if self.positions:
@@ -108,7 +131,10 @@ class Embedding(Workload):
     def reference(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """Float64 NumPy."""
         operand = dict(zip((spec.name for spec in self.inputs()), inputs, strict=True))
-        y = self.scale * np.asarray(operand["table"], np.float64)[operand["ids"]]
+        table = np.asarray(operand["table"], np.float64)
+        if self.weight_dtype:
+            table = ungrouped(table, operand["scale"], operand["minimum"])
+        y = self.scale * table[operand["ids"]]
         if self.positions:
             at = np.arange(self.seq)[None, :] + self.position_offset
             if self.lengths:
@@ -127,7 +153,8 @@ class Embedding(Workload):
         total = sum(spec.bytes for spec in self.outputs()) + 8 * rows
         for spec in self.inputs()[1:]:
             count = spec.shape[0]
-            total += spec.bytes * min(rows, count) // count
+            stored = spec.bytes // 2 if spec.name == "table" and self.weight_dtype == "uint4" else spec.bytes
+            total += stored * min(rows, count) // count
         return total
 
     def example_inputs(self, seed: int = 0) -> tuple[np.ndarray, ...]:
@@ -141,6 +168,9 @@ class Embedding(Workload):
             if spec.name == "lengths":
                 most = max(self.positions - self.position_offset, self.seq)
                 values.append(np.array([max(most - 3 * b, 1) for b in range(self.batch)], np.int32))
-            else:
+            elif spec.name == "table" and self.weight_dtype:
+                table = rng.standard_normal(spec.shape, np.float32)
+                values += quantize_groups(table, GROUPED[self.weight_dtype])
+            elif spec.name not in ("scale", "minimum"):
                 values.append(random_operand(rng, spec))
         return tuple(values)

@@ -1,4 +1,4 @@
-"""Linear layer with a fused epilogue: ``activation(x · Wᵀ + bias) + residual``, plain, gated, or with quantised weights."""
+"""Linear layer with a fused epilogue: ``activation(x · Wᵀ + bias) + residual``, plain, gated, of quantised weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from attntune.ops.grouped import GROUPED, WEIGHT_GROUP, quantize_groups, ungrouped
 from attntune.ops.padding import before_end, zero_past_end
 from attntune.ops.workload import (
     FLOAT_DTYPES,
@@ -27,10 +28,6 @@ ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")
 INT8_MAX = 127
 #: Consecutive values of a row of x that share one scale where the weight is int8.
 INT8_GROUP = 64
-#: Consecutive values of a row of the weight that share one scale and one minimum where it is uint4 or uint8.
-WEIGHT_GROUP = 32
-#: Bits of a weight that is quantised by groups, by ``weight_dtype``.
-GROUPED = {"uint4": 4, "uint8": 8}
 
 
 #: Multiply-adds up to which a reference is computed whole: some seconds.
@@ -53,11 +50,8 @@ class Linear(Workload):
     The sum of integer products is exact within a group; those of the groups are scaled and added in float32. (One scale
     for a whole row costs SmolLM2-135M 4.5 % of perplexity, for 64 values 1 %: a few features are large in every row.)
 
-    With ``weight_dtype="uint4"`` or ``"uint8"`` x stays as it is, and every :data:`WEIGHT_GROUP` consecutive values of a
-    row of the weight (the last group may be shorter) are ``q · scale + minimum``, q an unsigned integer of 4 or 8 bits;
-    scale and minimum (rows of weight, groups) float16, constant, follow the weight. So do GGUF's types Q4_1 and Q8_0
-    store them (llama.cpp, ggml-quants.c), and :func:`quantize_groups` finds what such a file held in its dequantised
-    values.
+    With ``weight_dtype="uint4"`` or ``"uint8"`` x stays as it is, and the weight is quantised by groups, as
+    :mod:`attntune.ops.grouped` has it: scale and minimum (rows of weight, groups) float16, constant, follow the weight.
 
     With ``seq``, the rows are those of sequences padded to seq positions, and lengths (rows/seq,) int32, the last
     operand, says where each ends: rows from there on are not computed, whatever x holds in them, and are zero in y.
@@ -99,7 +93,7 @@ class Linear(Workload):
 
     @classmethod
     def from_call(cls, attrs: Mapping[str, Any], args: Sequence[TensorSpec]) -> Linear:
-        """From a model's call: x (…, in_features), weight, what scales it where it is quantised, then bias and residual."""
+        """From a model's call: x (…, in_features), weight, its scales if it is quantised, then bias and residual."""
         x, weight = args[0], args[1]
         require(
             x.shape[-1] == weight.shape[1],
@@ -156,7 +150,7 @@ class Linear(Workload):
         return math.ceil(self.in_features / INT8_GROUP)
 
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """X, weight (a byte an element, whatever its bits), then scale, minimum, bias, residual and lengths where the variant has them."""
+        """X and weight (a byte an element, whatever its bits), then what of scale … lengths the variant has."""
         specs = [
             TensorSpec("x", (self.rows, self.in_features), self.dtype),
             TensorSpec(
@@ -344,39 +338,6 @@ def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     values = np.asarray(weight, np.float32)
     scale = np.maximum(np.abs(values).max(axis=1), np.float32(1e-30)) / np.float32(INT8_MAX)
     return np.rint(values / scale[:, None]).astype(np.int8), scale.astype(np.float32)
-
-
-def quantize_groups(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A float weight (out_features, in_features) by groups of :data:`WEIGHT_GROUP`: see :class:`Linear`.
-
-    With 4 bits, q runs from the least value of a group to its greatest. With 8 bits it is symmetric: 128 stands for 0.
-
-    Returns:
-        q (out_features, in_features) uint8, scale and minimum (out_features, groups) float16.
-    """
-    rows, width = weight.shape
-    groups = math.ceil(width / WEIGHT_GROUP)
-    padded = np.pad(np.asarray(weight, np.float32), ((0, 0), (0, groups * WEIGHT_GROUP - width)), mode="edge")
-    values = padded.reshape(rows, groups, WEIGHT_GROUP)
-    top = (1 << bits) - 1
-    if bits == 8:
-        scale = (np.abs(values).max(axis=2) / np.float32(INT8_MAX)).astype(np.float16)
-        minimum = (scale.astype(np.float32) * np.float32(-128.0)).astype(np.float16)
-    else:
-        minimum = values.min(axis=2).astype(np.float16)
-        scale = ((values.max(axis=2) - values.min(axis=2)) / np.float32(top)).astype(np.float16)
-    step = scale.astype(np.float32)[..., None]
-    steps = (values - minimum.astype(np.float32)[..., None]) / np.where(step > 0, step, np.float32(1))
-    quantized = np.clip(np.rint(steps), 0, top).astype(np.uint8).reshape(rows, -1)
-    return np.ascontiguousarray(quantized[:, :width]), scale, minimum
-
-
-def ungrouped(weight: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
-    """What q (out_features, in_features), scale and minimum (out_features, groups) stand for, in float64."""
-    step, least = (
-        np.repeat(np.asarray(part, np.float64), WEIGHT_GROUP, axis=1)[:, : weight.shape[1]] for part in (scale, minimum)
-    )
-    return np.asarray(weight, np.float64) * step + least
 
 
 def dequantized(x: np.ndarray) -> np.ndarray:

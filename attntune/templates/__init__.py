@@ -11,6 +11,7 @@ from attntune.templates.cpu.additive_attention import AdditiveAttentionCPU
 from attntune.templates.cpu.attention import AttentionCPU
 from attntune.templates.cpu.attention_bf16 import AttentionBf16CPU
 from attntune.templates.cpu.attention_decode import AttentionDecodeCPU
+from attntune.templates.cpu.embedding_grouped import EmbeddingGroupedCPU
 from attntune.templates.cpu.embedding_norm import EmbeddingNormCPU
 from attntune.templates.cpu.generic import GenericCPU
 from attntune.templates.cpu.layer_norm import LayerNormCPU
@@ -38,6 +39,7 @@ REGISTRY: tuple[ScheduleTemplate, ...] = (
     AddPositionsCPU(),
     ArgMaxCPU(),
     EmbeddingCPU(),
+    EmbeddingGroupedCPU(),
     EmbeddingNormCPU(),
     GRUSequenceCPU(),
     KVAppendCPU(),

@@ -22,6 +22,7 @@ def found(tmp_path_factory):
     cases = [
         KernelCase("float32", "3×40→20", Linear(3, 40, 20)),
         KernelCase("int8 weights", "7×80→40", Linear(7, 80, 40, weight_dtype="int8")),
+        KernelCase("int4", "5×80→40", Linear(5, 80, 40, weight_dtype="uint4")),
         KernelCase("float32 causal", "1×9", Attention(1, 4, 9, 9, 16, kv_heads=2, causal=True)),
         KernelCase("float32", "norm", LayerNorm(3, 40)),
         KernelCase("int8", "3×40→20", None, "no such dtype"),
@@ -47,6 +48,10 @@ def test_right_engines_are_timed_and_others_are_named(found):
     assert all(r.outcome is Outcome.OK and 0 < r.max_rel_error < 0.05 for r in by_engine.values())
     assert by_engine["attntune", "hot"].max_rel_error < 1e-5
     assert by_engine["pytorch", "hot"].way.startswith("linear_dynamic")
+    four_bits = {r.engine: r for r in found.results if r.group == "int4"}
+    assert four_bits["attntune"].outcome is Outcome.OK
+    assert four_bits["attntune"].max_rel_error < 1e-5
+    assert "no uint4 weights" in four_bits["pytorch"].message
     norm = {r.engine: r for r in found.results if r.label == "norm"}
     assert norm["attntune"].outcome is Outcome.OK
     assert norm["pytorch"].outcome is Outcome.FAILED
@@ -74,8 +79,10 @@ def test_it_round_trips_and_becomes_a_table(found, tmp_path):
 
 def test_every_suite_has_cases_that_say_what_they_are():
     for name, suite in KERNEL_SUITES.items():
-        cases = list(suite(native(), ("float32", "int8")))
+        cases = list(suite(native(), ("float32", "int8", "int4")))
         assert len({(case.group, case.label) for case in cases}) == len(cases), name
+        if name in ("linear", "gemv"):
+            assert {c.workload.weight_dtype for c in cases if c.group == "int4"} == {"uint4"}
         assert all((case.workload is None) == bool(case.problem) for case in cases)
         assert all(case.workload is not None for case in cases if case.group.startswith("float32"))
 

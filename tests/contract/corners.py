@@ -136,6 +136,10 @@ CORNERS: dict[str, tuple[Workload, ...]] = {
         Embedding(2, 1, 30, 96, positions=33, lengths=True, position_offset=2),
         Embedding(2, 5, 19, 43, positions=7, dtype="bfloat16"),
         Embedding(2, 5, 19, 32, dtype="bfloat16", out_dtype="float32"),
+        Embedding(2, 7, 50, 37, positions=11, weight_dtype="uint8"),
+        Embedding(3, 5, 101, 64, scale=8.0, weight_dtype="uint4"),
+        Embedding(3, 4, 30, 45, positions=33, lengths=True, weight_dtype="uint4"),
+        Embedding(1, 1, 1, 1, weight_dtype="uint8"),
     ),
     "select_rows": (
         SelectRows(3, 7, 37, dtype="bfloat16", out_dtype="float32"),

@@ -26,6 +26,12 @@ from attntune.ops import (
 )
 
 
+def ungrouped(weight, scale, minimum):
+    """A weight of which 32 neighbours in a row share a scale and a minimum."""
+    wide = (part.repeat_interleave(32, 1)[:, : weight.shape[1]].double() for part in (scale, minimum))
+    return weight * next(wide) + next(wide)
+
+
 def linear(w: Linear, x, weight, *rest):
     from torch.nn import functional as F
 
@@ -43,8 +49,7 @@ def linear(w: Linear, x, weight, *rest):
             exact.append(whole * (top * torch.tensor(1 / 127)).double())
         x = torch.cat(exact, dim=1)
     if w.grouped:
-        scale, minimum = (rest.pop(0).repeat_interleave(32, 1)[:, : w.in_features].double() for _ in range(2))
-        weight = weight * scale + minimum
+        weight = ungrouped(weight, rest.pop(0), rest.pop(0))
     y = F.linear(x, weight, rest.pop(0) if w.bias else None)
     activation = {
         "": lambda v: v,
@@ -177,6 +182,8 @@ def embedding(w: Embedding, ids, table, *rest):
     from torch.nn import functional as F
 
     rest = list(rest)
+    if w.weight_dtype:
+        table = ungrouped(table, rest.pop(0), rest.pop(0))
     y = F.embedding(ids, table) * w.scale
     if w.positions:
         position = rest.pop(0)

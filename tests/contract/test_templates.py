@@ -14,6 +14,7 @@ from operators import ROWS, WORKLOADS
 from attntune.errors import ScheduleError, TargetError
 from attntune.measure.buffers import GuardedArray, as_tensor, numpy_dtype
 from attntune.ops import TensorSpec, Workload
+from attntune.ops.grouped import GROUPED
 from attntune.target import PRESETS, host_features, native
 from attntune.templates import GENERIC, REGISTRY, load_template, template_for
 from attntune.templates.lowering import build
@@ -21,6 +22,8 @@ from attntune.templates.lowering import build
 TARGET = native().with_cores(2)
 CPU_OPS = sorted({template.op for template in REGISTRY if template.kind == "cpu"})
 FIRST = [ROWS[op].workloads[0] for op in CPU_OPS]
+#: Of each operator the first workload, and variants that have kernels of their own.
+VARIANTS = [*FIRST, *(w for op in ("embedding", "linear") for w in ROWS[op].workloads if w.weight_dtype in GROUPED)]
 CROSS = ("x86-64-v3", "aarch64-neon")
 SAMPLED = 2
 
@@ -80,7 +83,7 @@ class TestEveryWorkload:
             check(template, workload, template.default(workload, TARGET).replace(parallel=parallel))
 
 
-@pytest.mark.parametrize("workload", FIRST, ids=str)
+@pytest.mark.parametrize("workload", VARIANTS, ids=str)
 class TestEveryTemplate:
     def test_corner_configs_match_the_reference(self, workload):
         template = template_for(workload, TARGET)

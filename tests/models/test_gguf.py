@@ -18,7 +18,8 @@ from attntune.cli import open_model
 from attntune.compiler import compile
 from attntune.errors import ModelError
 from attntune.models import from_pretrained
-from attntune.models.precision import supported
+from attntune.models.precision import at_precision, supported
+from attntune.ops.grouped import ungrouped
 from attntune.runtime.perplexity import perplexity
 from attntune.runtime.text import Codec
 from attntune.runtime.tuned_model import TunedModel
@@ -113,6 +114,24 @@ def test_the_tokenizer_and_chat_template_come_along(tmp_path):
 def test_what_is_not_supported_is_named(tmp_path, fields, message):
     with pytest.raises(ModelError, match=message):
         from_pretrained(write_gguf(tmp_path / "tiny.gguf", **fields))
+
+
+def test_what_a_file_holds_quantised_keeps_its_bits_at_int4():
+    from attntune.models.gguf import _bits
+
+    parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    kinds = {f"blk.{index}.{part}.weight": "Q4_K" for index in range(2) for part in parts}
+    kinds |= {"token_embd.weight": "Q8_0", "blk.0.attn_v.weight": "Q6_K", "blk.1.ffn_down.weight": "F16"}
+    kinds |= {"blk.1.ffn_up.weight": "BF16", "blk.1.attn_q.weight": "Q4_0", "blk.0.ffn_down.weight": "Q3_K"}
+    expected = {
+        "embedding.table": 8, "head.weight": 8,
+        "layers.0.attention.qkv.weight": 8, "layers.1.attention.qkv.weight": 4,
+        "layers.0.attention.output.weight": 4, "layers.1.attention.output.weight": 4,
+        "layers.0.feed_forward.up.weight": 4, "layers.0.feed_forward.down.weight": 8,
+    }  # fmt: skip
+    assert _bits(kinds, 2) == expected
+    assert _bits({**kinds, "output.weight": "Q4_1"}, 2) == {**expected, "head.weight": 4}
+    assert _bits({**kinds, "output.weight": "F32"}, 2) == {k: v for k, v in expected.items() if k != "head.weight"}
 
 
 def test_a_tensor_that_is_missing_is_named_as_the_file_would(tmp_path):
@@ -233,6 +252,30 @@ def test_smollm2_writes_what_pytorch_writes_token_for_token(smollm2):
     assert len(written) == 56
     tensors = {name: torch.from_numpy(np.array(value)) for name, value in _hugging_face_tensors(model).items()}
     # Given what was written so far, at every position: the same tokens as writing with a cache of its own.
+    logits = llama_logits(
+        tensors, torch.tensor([[*ids, *written]]), layers=30, heads=9, kv_heads=3, eps=1e-5, theta=100000.0,
+        interleaved=True,
+    )[0]  # fmt: skip
+    assert written == logits[len(ids) - 1 : -1].argmax(-1).tolist()
+
+
+def test_smollm2_at_4_bits_is_the_file_itself(smollm2_in_chunks):
+    """Every weight is what the file holds, in a sixth of the memory, and the tokens are PyTorch's in float32."""
+    from tokenizers import Tokenizer
+
+    model, _ = smollm2_in_chunks
+    lower = at_precision(model, "int4")
+    for name in lower.bits:
+        values = ungrouped(*(lower.weights[f"{name}{part}"] for part in ("", ":scale", ":minimum")))
+        np.testing.assert_allclose(values, model.weights[name], rtol=0, atol=1e-6 * np.abs(values).max())
+    shape = {"batch": 1, "seq": 8, "context": 72}
+    artifact = compile(lower, shapes=[shape], entries=["prefill", "decode"], precision="int4")
+    size = (artifact.folder / "weights.bin").stat().st_size
+    assert size < sum(values.nbytes for values in model.weights.values()) / 6
+    ids = Tokenizer.from_file(str(model.directory / "tokenizer.json")).encode("Once upon a time, there was").ids
+    (written,) = TunedModel(artifact).generate([ids], max_new_tokens=56, stop=[]).tokens
+    assert len(written) == 56
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in _hugging_face_tensors(model).items()}
     logits = llama_logits(
         tensors, torch.tensor([[*ids, *written]]), layers=30, heads=9, kv_heads=3, eps=1e-5, theta=100000.0,
         interleaved=True,

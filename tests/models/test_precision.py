@@ -12,6 +12,7 @@ import attntune
 from attntune.errors import ModelError, TuningError
 from attntune.models.bert import BertConfig, random_model
 from attntune.models.precision import at_precision, retyped, supported
+from attntune.runtime.tuned_model import TunedModel
 from attntune.target import PRESETS, native
 from attntune.tuner import tune
 
@@ -119,28 +120,130 @@ def test_every_call_but_the_last_hands_on_bfloat16():
     assert all(model.weights[call.args[1]].dtype == np.int8 for call in linear)
 
 
-def test_four_bits_for_layers_and_eight_for_what_makes_an_output():
+def tiny_llama():
     from attntune.models import decoder, llama
 
     config = dataclasses.replace(
         llama.PRESETS["smollm2-135m"], vocab_size=40, hidden_size=32, num_layers=1, heads=2, kv_heads=1, head_dim=16,
         inner=48, positions=64,
     )  # fmt: skip
-    model = decoder.build(config, decoder.random_weights(config), "tiny", family="llama")
+    return decoder.build(config, decoder.random_weights(config), "tiny", family="llama")
+
+
+def test_eight_bits_where_rounding_costs_most_and_four_elsewhere():
+    model = tiny_llama()
     lower = at_precision(model, "int4")
     assert lower.entries == model.entries
-    for entry in ("prefill", "decode"):
-        linear = [call for call in lower.calls(entry) if call.op == "linear"]
-        assert [call.attrs["weight_dtype"] for call in linear] == ["uint4"] * 4 + ["uint8"]
-        assert all(lower.weights[call.args[1]].max() > 15 for call in linear[-1:])
-        assert all(lower.weights[call.args[1]].max() == 15 for call in linear[:-1])
+    for entry in ("prefill", "decode", "forward"):
+        calls = lower.calls(entry)
+        kinds = {c.args[1]: c.attrs["weight_dtype"] for c in calls if c.op in ("linear", "embedding")}
+        assert kinds == {
+            "embedding.table": "uint8", "layers.0.attention.qkv.weight": "uint8", "head.weight": "uint8",
+            "layers.0.attention.output.weight": "uint4", "layers.0.feed_forward.up.weight": "uint4",
+            "layers.0.feed_forward.down.weight": "uint4",
+        }  # fmt: skip
+        assert all(lower.weights[name].max() == 15 for name, kind in kinds.items() if kind == "uint4")
+        assert all(lower.weights[name].max() > 15 for name, kind in kinds.items() if kind == "uint8")
     assert {call.result_dtype for call in lower.calls("decode")} <= {"float32", "int64"}
+
+
+def test_a_files_own_bits_come_first():
+    model = tiny_llama()
+    model.bits = {"head.weight": 4, "layers.0.feed_forward.up.weight": 8, "layers.0.attention.qkv.weight": 4}
+    lower = at_precision(model, "int4")
+    assert lower.bits == {
+        "embedding.table": 8, "head.weight": 4, "layers.0.attention.qkv.weight": 4,
+        "layers.0.attention.output.weight": 4, "layers.0.feed_forward.up.weight": 8,
+        "layers.0.feed_forward.down.weight": 4,
+    }  # fmt: skip
+
+
+def test_a_tied_vocabulary_is_stored_once():
+    model = tiny_llama()
+
+    def stored():
+        shape = {"batch": 1, "seq": 4, "context": 8}
+        artifact = attntune.compile(model, shapes=[shape], entries=["decode"], precision="int4")
+        return sum(name.startswith(("embedding.table:", "head.weight:")) for name in artifact.manifest["weights"])
+
+    assert stored() == 3
+    model.weights["head.weight"] = model.weights["head.weight"].copy()
+    assert stored() == 6
+
+
+def test_four_bits_compute_what_the_rounded_weights_do():
+    """The same model with the values that are stored, in float32."""
+    from attntune.ops.grouped import ungrouped
+
+    model = tiny_llama()
+    lower = at_precision(model, "int4")
+    rounded = dataclasses.replace(model, weights=dict(model.weights))
+    for name in lower.bits:
+        parts = (lower.weights[f"{name}{part}"] for part in ("", ":scale", ":minimum"))
+        rounded.weights[name] = ungrouped(*parts).astype(np.float32)
+    ids = np.arange(9).reshape(1, 9) * 4
+    found, expected, exact = (
+        TunedModel(attntune.compile(m, shapes=[(1, 9)], entries=["forward"], precision=p))(input_ids=ids)
+        for m, p in ((model, "int4"), (rounded, "float32"), (model, "float32"))
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(found - exact).max() > 1e-2
+
+
+def test_layers_that_make_an_output_in_one_entry_and_not_in_another():
+    """Keys and values of a cross-attention: made by ``encode``, read by an attention in ``forward``."""
+    from attntune.models import transformer
+
+    config = dataclasses.replace(
+        transformer.PRESETS["transformer-base"], vocab_size=40, source_vocab_size=40, hidden_size=32, heads=2,
+        encoder_layers=1, decoder_layers=1, inner=48, source_positions=16, positions=16,
+    )  # fmt: skip
+    model = transformer.random_model(config, "tiny")
+    lower = at_precision(model, "int4")
+    for entry in lower.entries:
+        kinds = {c.args[1]: c.attrs.get("weight_dtype") for c in lower.calls(entry) if c.op in ("linear", "embedding")}
+        assert kinds == {name: f"uint{lower.bits[name]}" for name in kinds}
+    assert set(lower.bits.values()) == {4, 8}
+
+
+def test_weights_that_no_group_can_hold_are_named():
+    model = tiny_llama()
+    model.weights["layers.0.feed_forward.down.weight"] = np.full((32, 48), 1e5, np.float32)
+    with pytest.raises(
+        ModelError, match=r"int4: weight 'layers.0.feed_forward.down.weight': expected finite values of"
+    ):
+        at_precision(model, "int4")
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("Q4_0", 4), ("Q4_1", 4), ("Q5_0", 8), ("Q5_1", 8), ("Q8_0", 8)])
+def test_what_a_gguf_type_holds_is_found_again(kind, bits):
+    from attntune.ops.grouped import quantize_groups, ungrouped
+
+    gguf = pytest.importorskip("gguf")
+    kind = gguf.GGMLQuantizationType[kind]
+    weight = np.random.default_rng(bits).standard_normal((24, 96)).astype(np.float32)
+    weight[3] = 0.0
+    stored = gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind)
+    np.testing.assert_allclose(ungrouped(*quantize_groups(stored, bits)), stored, rtol=0, atol=1e-6)
+
+
+def test_the_search_rounds_better_than_from_the_least_to_the_greatest_value():
+    from attntune.ops.grouped import quantize_groups, ungrouped
+
+    weight = np.random.default_rng(5).standard_normal((64, 32)).astype(np.float32)
+    least, greatest = weight.min(1, keepdims=True), weight.max(1, keepdims=True)
+    step = (greatest - least) / 15
+    plain = np.rint((weight - least) / step) * step + least
+    found = ungrouped(*quantize_groups(weight, 4))
+    errors = [((rounded - weight) ** 2).sum(1) for rounded in (found, plain)]
+    assert errors[0].sum() < 0.85 * errors[1].sum()
+    assert (errors[0] <= errors[1] * 1.001).all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_values_on_a_grid_are_found_again(bits):
     """As of a GGUF file: float16 scale and minimum, each group with its least and its greatest value."""
-    from attntune.ops.linear import quantize_groups, ungrouped
+    from attntune.ops.grouped import quantize_groups, ungrouped
 
     rng = np.random.default_rng(bits)
     groups = rng.integers(0, 1 << bits, (5, 3, 32)).astype(np.uint8)
@@ -162,7 +265,7 @@ def test_values_on_a_grid_are_found_again(bits):
 
 
 def test_groups_of_one_value_and_short_rows():
-    from attntune.ops.linear import quantize_groups, ungrouped
+    from attntune.ops.grouped import quantize_groups, ungrouped
 
     weight = np.array([[0.5] * 40, [0.0] * 40, [*range(-20, 20)]], np.float32)
     for bits in (4, 8):

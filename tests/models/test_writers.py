@@ -20,10 +20,15 @@ def found(tmp_path_factory):
     path = write(folder / "model", LLAMA, llama_tensors(LLAMA))
     model = from_pretrained(path)
     shape = {"batch": 1, "seq": 12, "context": 32}
-    saved = compile(model, shapes=[shape], entries=["prefill", "decode"]).save(folder / "m.attn")
+    saved = {
+        precision: str(
+            compile(model, shapes=[shape], entries=["prefill", "decode"], precision=precision).save(folder / precision)
+        )
+        for precision in ("float32", "int4")
+    }
     return compare_writers(
-        WriterSource(str(path), {"float32": str(saved)}, 32), {"12 tokens": list(range(3, 15))}, 9,
-        {name: WRITERS[name] for name in ("attntune", "attntune-int8", "pytorch")},
+        WriterSource(str(path), saved, 32), {"12 tokens": list(range(3, 15))}, 9,
+        {name: WRITERS[name] for name in ("attntune", "attntune-int8", "attntune-int4", "pytorch")},
         target=native().with_cores(1), rounds=2, say=lambda line: None,
     )  # fmt: skip
 
@@ -31,9 +36,10 @@ def found(tmp_path_factory):
 def test_writers_agree_and_every_round_is_kept(found):
     tokens = found["tokens"]["12 tokens"]
     assert tokens["attntune"] == tokens["pytorch"]
-    assert len(tokens["attntune"]) == 9
+    assert len(tokens["attntune"]) == len(tokens["attntune-int4"]) == 9
+    assert found["writers"]["attntune-int4"]["precision"] == "int4"
     samples = found["samples"]["12 tokens"]
-    assert [len(samples[name]) for name in ("attntune", "pytorch")] == [2, 2]
+    assert [len(samples[name]) for name in ("attntune", "attntune-int4", "pytorch")] == [2, 2, 2]
     assert all(turn["prefill_secs"] > 0 < turn["step_secs"] for rounds in samples.values() for turn in rounds)
 
 

@@ -7,6 +7,7 @@ from attntune.engines.compare import engines_at
 from attntune.engines.comparison import Case, Comparison, Outcome, Result
 from attntune.engines.parity import agreement, parity_of
 from attntune.errors import EngineError
+from attntune.models.precision import PRECISIONS
 
 RNG = np.random.default_rng(0)
 ROWS = RNG.standard_normal((2, 3, 64))
@@ -37,6 +38,11 @@ def test_rows_of_zeros_must_be_zero():
     zeroed[0, 0] = 0.0
     assert agreement({"y": zeroed}, {"y": zeroed}, BF16).problem == ""
     assert "norm" in agreement({"y": ROWS}, {"y": zeroed}, BF16).problem
+
+
+def test_every_precision_has_its_parity_and_lower_ones_ask_for_less():
+    demanded = {precision: parity_of(precision, 1e-4).min_cosine for precision in PRECISIONS if precision != "float32"}
+    assert demanded["bfloat16"] > demanded["int8"] > demanded["int4"] > 0.9
 
 
 def test_precisions_name_their_engines():

@@ -1,4 +1,4 @@
-"""How a register tile multiplies: float32 by multiply-adds, bfloat16 by pairs, int8 by quadruples; 4 and 8 bits unpacked.
+"""How a register tile multiplies: float32 by multiply-adds, bfloat16 by pairs, int8 by fours; 4 or 8 bits unpacked.
 
 Each reads ``group`` consecutive values of a row of x as one scalar, spread over the lanes, and a vector of the weight's
 panel that holds the same ``group`` values for each of ``lanes`` columns.
@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from attntune.ops.linear import GROUPED, Linear
+from attntune.ops.grouped import GROUPED
+from attntune.ops.linear import Linear
 from attntune.target import Target
 from attntune.templates.cpu import bf16
 

@@ -15,9 +15,9 @@ Loop nest, outermost first:
 A tile of few rows (decoding) has too few accumulators to hide an addition's latency: ``chains`` sums run side by side.
 Its panels may lie ``apart``, each in a part of the weight of its own, so that memory is read in several long streams.
 With int8 weights, x is quantised first, all cores sharing its rows.
-Weights quantised by groups are unpacked in registers as they are multiplied, or (``unpack``) once a column of tiles into
-float32 panels in the second-level cache, which pays from some rows on. Sums of the elements of x, by group, come first:
-with them a group's minimum is one multiply-add.
+Weights quantised by groups are unpacked in registers as they are multiplied, or (``unpack``) once a column of tiles
+into float32 panels in the second-level cache, which pays from some rows on. Sums of the elements of x, by group, come
+first: with them a group's minimum is one multiply-add.
 
 Ladder (rows 128, in 384, out 1536, float32; 2 cores of Zen 4, measured peak 230 GFLOP/s, weights from memory):
 
@@ -112,6 +112,7 @@ class LinearCPU(ScheduleTemplate):
         lanes = target.lanes("float32")
         parts = 2 if w.gated else 1
         panels = math.ceil(w.out_features / lanes)
+        group = _arithmetic(w, target).group
 
         def cost(config: Config) -> tuple[float, str]:
             rows, vectors, chains = (config.integer(n) for n in ("tile_rows", "tile_vectors", "chains"))
@@ -125,7 +126,8 @@ class LinearCPU(ScheduleTemplate):
                 for width, times in ((width, times * count) for width, count in _split(panels, vectors))
             )
             tails = 1.0 + 0.02 * bool(w.rows % rows) + 0.01 * bool(panels % vectors)
-            unrolling = 1.0 + 0.01 * abs(config.integer("k_unroll") * chains - (4 if w.rows > 1 else 8))
+unrolled = config.integer("k_unroll") * chains * (group if w.grouped else 1)
+            unrolling = 1.0 + 0.01 * abs(unrolled - (4 if w.rows > 1 else 8))
             if w.activation not in ("", "relu") and vectors < 4 and w.rows > _LATENCY and target.fmas_per_cycle < 2:
                 # Short rows leave the activation's loop few vectors to overlap: on Zen 4, 8×3 was 7 % slower than 4×4
                 # and 4×6. On Emerald Rapids it is 5 to 10 % faster.

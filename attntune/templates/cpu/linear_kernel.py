@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from attntune.ops.linear import INT8_GROUP, INT8_MAX, WEIGHT_GROUP, Linear
+from attntune.ops.grouped import WEIGHT_GROUP
+from attntune.ops.linear import INT8_GROUP, INT8_MAX, Linear
 from attntune.search.space import Config
 from attntune.target import Target
 from attntune.templates.cpu import bf16
@@ -271,7 +272,7 @@ class LinearKernel:
         return wide("scale") * self.v.splat(float(1 << self.arithmetic.bits)), wide("minimum")
 
     def _group(self, first: Any, count: int, panels: Panels, element: Callable[[int, Any, Any], None]) -> None:
-        """``element(v, k, value)`` for ``count`` elements from ``first`` on of every panel; value is 1 + q / 2**bits."""
+        """``element(v, k, value)`` for ``count`` elements of every panel from ``first`` on, value 1 + q / 2**bits."""
         arithmetic, weight = self.arithmetic, self.operand["weight"]
         assert isinstance(arithmetic, Grouped)
 

@@ -37,11 +37,15 @@ class MoveTemplate(ScheduleTemplate):
 
     def default(self, workload: Workload, target: Target) -> Config:
         """Widest registers; several cores unless the work is done before they have started."""
-        parallel = target.cores > 1 and self.rows(workload) > 1 and workload.bytes_moved() > SERIAL_BYTES
+        parallel = self.uses_cores(workload, target)
         return min(
             self.space(workload, target),
             key=lambda config: (config["parallel"] != parallel, -config.integer("lanes")),
         )
+
+    def uses_cores(self, workload: Workload, target: Target) -> bool:
+        """Whether there is more to move than starting a second core costs."""
+        return target.cores > 1 and self.rows(workload) > 1 and workload.bytes_moved() > SERIAL_BYTES
 
     def schedule(self, workload: Workload, target: Target, config: Config) -> Any:
         """See the module's description."""
@@ -50,13 +54,15 @@ class MoveTemplate(ScheduleTemplate):
         from tvm.tirx.script.builder import ir as T
 
         rows = self.rows(workload)
-        elements = Elements(config.integer("lanes"))
+        elements = Elements(config.integer("lanes") if "lanes" in config else target.lanes("float32"))
+        packed = {name: packing.spec for name, packing in self.pack(workload, target).items()}
         with IRBuilder() as builder, T.prim_func(s_tir=True):
             T.func_name("main")
             T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+            specs = [packed.get(spec.name, spec) for spec in (*workload.inputs(), *workload.fresh())]
+            names = [spec.name for spec in (*workload.inputs(), *workload.fresh())]
             arguments = {
-                spec.name: T.arg(spec.name, T.buffer(spec.shape, spec.dtype))
-                for spec in (*workload.inputs(), *workload.fresh())
+                name: T.arg(name, T.buffer(spec.shape, spec.dtype)) for name, spec in zip(names, specs, strict=True)
             }
             with T.sblock("root"):
                 operands = {name: elements.of(argument) for name, argument in arguments.items()}
@@ -90,6 +96,10 @@ class EmbeddingCPU(MoveTemplate):
     """One gather for each token."""
 
     op: ClassVar[str] = "embedding"
+
+    def supports(self, workload: Workload, target: Target) -> bool:
+        """Tables of floats; ``embedding_grouped.py`` has the others."""
+        return isinstance(workload, Embedding) and not workload.weight_dtype
 
     def rows(self, workload: Workload) -> int:
         """Tokens."""
