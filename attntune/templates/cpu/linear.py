@@ -126,7 +126,7 @@ class LinearCPU(ScheduleTemplate):
                 for width, times in ((width, times * count) for width, count in _split(panels, vectors))
             )
             tails = 1.0 + 0.02 * bool(w.rows % rows) + 0.01 * bool(panels % vectors)
-unrolled = config.integer("k_unroll") * chains * (group if w.grouped else 1)
+            unrolled = config.integer("k_unroll") * chains * (group if w.grouped else 1)
             unrolling = 1.0 + 0.01 * abs(unrolled - (4 if w.rows > 1 else 8))
             if w.activation not in ("", "relu") and vectors < 4 and w.rows > _LATENCY and target.fmas_per_cycle < 2:
                 # Short rows leave the activation's loop few vectors to overlap: on Zen 4, 8×3 was 7 % slower than 4×4
