@@ -8,16 +8,21 @@ step, at half the speed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
+
+from attntune.target import dtype_bits
 
 PIPELINE = "attntune_cpu"
 """Name of the pipeline, for ``tvm.compile(tir_pipeline=…)`` after :func:`register`."""
 
 #: A buffer with this annotation is left to LLVM as a stack slot.
 _ON_STACK = "disable_lower_builtin"
-#: Bytes of the largest buffer of scope ``local`` that goes to the stack: more than any register file.
-_LARGEST = 16 * 1024
+#: Bytes of the smallest and the largest buffer of scope ``local`` that go to the stack. A tile of sums is more than one
+#: vector and less than a register file. A single vector is stored whole to be read by element; where LLVM sees through
+#: that, it takes minutes to simplify a maximum over lanes.
+_SMALLEST, _LARGEST = 65, 16 * 1024
 
 
 def register() -> None:
@@ -71,7 +76,4 @@ def _fits(buffer: Any) -> bool:
     extents = [int(extent) for extent in buffer.shape if isinstance(extent, tirx.IntImm)]
     if buffer.scope() != "local" or len(extents) < len(buffer.shape):
         return False
-    size = 1
-    for extent in extents:
-        size *= extent
-    return size * 8 <= _LARGEST
+    return _SMALLEST <= math.prod(extents) * dtype_bits(str(buffer.dtype)) // 8 <= _LARGEST

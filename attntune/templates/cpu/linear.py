@@ -102,6 +102,11 @@ class LinearCPU(ScheduleTemplate):
             whole_tiles = (
                 block % rows == 0 and not (w.seq and block) and (vectors > 1 or not config.get("apart", False))
             )
+            # Many rows fill a tile: one with fewer sums than an addition's latency is never the best.
+            filled = w.rows <= _FEW_ROWS or sums >= _LATENCY or rows == w.rows
+            widened = w.dtype != "bfloat16" or w.quantized or bool(config.get("widen", False))
+            if not filled or (config.get("prefetch", 0) and not widened):
+                return False
             return in_registers and useful and sums * config.integer("k_unroll") <= 256 and whole_tiles
 
         return ConfigSpace(knobs, [fits])

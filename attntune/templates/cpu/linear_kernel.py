@@ -213,8 +213,11 @@ class LinearKernel:
         top = self.v.splat(1e-30)
         for value in values:
             top = T.max(top, tirx.abs(value))
-        top = self.v.fold(top, T.max)
-        factor = T.bind(self.v.splat(float(INT8_MAX)) / top)
+        # Through memory: TVM's simplifier writes a bound maximum out wherever it is used, each use of a use again, and
+        # takes seconds for it.
+        steps = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+        self.v.store(steps, [0], self.v.fold(top, T.max))
+        factor = T.bind(self.v.splat(float(INT8_MAX)) / self.v.load(steps, [0]))
         total: Any = tirx.Broadcast(tirx.const(0, "int32"), lanes)
         for k, value in enumerate(values):
             whole_numbers = T.bind(rounded(value, factor))
@@ -228,9 +231,7 @@ class LinearKernel:
             for lane in range(math.ceil(left / self.arithmetic.group) * self.arithmetic.group):
                 T.buffer_store(self.bytes, last[lane], [i, first + whole * lanes + lane])
         sums = T.sblock_alloc_buffer((lanes,), "int32", scope="local")
-        steps = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
         self.v.store(sums, [0], self.v.fold(total, lambda a, b: a + b))
-        self.v.store(steps, [0], top)
         T.buffer_store(self.start, sums[0] * tirx.const(-INT8_OFFSET, "int32"), [i, g])
         T.buffer_store(self.step, steps[0] * tirx.const(1.0 / INT8_MAX, "float32"), [i, g])
 
