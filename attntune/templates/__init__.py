@@ -25,6 +25,7 @@ from attntune.templates.cpu.top_k import ArgMaxCPU, TopKCPU
 from attntune.templates.cuda.attention import AttentionCUDA
 from attntune.templates.cuda.generic import GenericCUDA
 from attntune.templates.cuda.linear import LinearCUDA
+from attntune.templates.cuda.linear_hopper import LinearHopper
 from attntune.templates.cuda.rows import EmbeddingNormCUDA, LayerNormCUDA, RMSNormCUDA, SoftmaxCUDA
 from attntune.templates.template import Packing, ScheduleTemplate
 
@@ -56,6 +57,7 @@ REGISTRY: tuple[ScheduleTemplate, ...] = (
     AttentionCUDA(),
     EmbeddingNormCUDA(),
     LayerNormCUDA(),
+    LinearHopper(),
     LinearCUDA(),
     RMSNormCUDA(),
     SoftmaxCUDA(),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ptx import without_assembly
 
 from attntune.target import cuda_home
 
@@ -34,7 +35,8 @@ def load_driver(folder: str) -> None:
         if not library.exists():
             version.write_text(f"{name} {{ global: *; }};")
             script = [f"-Wl,--version-script={version}"] if name.startswith("libcudart") else []
-            _compile(_HERE / "driver.cpp", library, "-O1", "-shared", f"-Wl,-soname,{name}", *script)
+            flags = ("-O2", "-shared", f"-Wl,-soname,{name}", str(_HERE / "hopper.cpp"), *script)
+            _compile(_HERE / "driver.cpp", library, *flags)
         loaded = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
         _driver = _driver or loaded
     header = _folder / "device.h"
@@ -65,7 +67,7 @@ def _kernel(code: str) -> Path:
     """The shared library of one CUDA source, with ``NAME_emulated(void**)`` for each kernel."""
     thunks = []
     for name, parameters in _SIGNATURE.findall(code):
-        types = [re.sub(r"\b__restrict__\b", "", p).rsplit(" ", 1)[0] for p in parameters.split(", ")]
+        types = [re.sub(r"\b__(restrict|grid_constant)__\b", "", p).rsplit(" ", 1)[0] for p in parameters.split(", ")]
         values = ", ".join(f"*static_cast<{type_.strip()}*>(p[{i}])" for i, type_ in enumerate(types) if type_)
         thunks.append(f'extern "C" void {name}_emulated(void** p) {{ {name}({values}); }}')
     dynamic = r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];"
@@ -80,12 +82,12 @@ def _kernel(code: str) -> Path:
 
 
 def _without_assembly(code: str) -> str:
-    """``code`` without the intrinsics that are assembly; device.h has them for the CPU."""
+    """``code`` without assembly: device.h has the intrinsics of sm_80 by name, and ptx.py translates the rest."""
     from attntune.templates.cuda.intrinsics import SOURCES
 
     for source in SOURCES.values():
         code = code.replace(source, "")
-    return code
+    return without_assembly(code)
 
 
 def then(folder: str, call: str, *arguments: Any) -> None:
