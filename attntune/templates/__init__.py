@@ -23,6 +23,7 @@ from attntune.templates.cpu.rms_norm import RMSNormCPU
 from attntune.templates.cpu.softmax import SoftmaxCPU
 from attntune.templates.cpu.top_k import ArgMaxCPU, TopKCPU
 from attntune.templates.cuda.attention import AttentionCUDA
+from attntune.templates.cuda.attention_hopper import AttentionHopper
 from attntune.templates.cuda.generic import GenericCUDA
 from attntune.templates.cuda.linear import LinearCUDA
 from attntune.templates.cuda.linear_hopper import LinearHopper
@@ -54,6 +55,7 @@ REGISTRY: tuple[ScheduleTemplate, ...] = (
     SoftmaxCPU(),
     TopKCPU(),
     UnfoldCPU(),
+    AttentionHopper(),
     AttentionCUDA(),
     EmbeddingNormCUDA(),
     LayerNormCUDA(),

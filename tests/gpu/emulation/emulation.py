@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -135,6 +136,42 @@ def check(template_name: str, workload: Any, target: Any, config: Any, late: boo
         if problem:
             return f"{workload} {config}: {problem}"
     return ""
+
+
+def fault(*arguments: Any, change: tuple[str, str] = ("", ""), patch: tuple[str, Any] | None = None) -> str:
+    """What :func:`check` finds, or the device, where a kernel is broken on purpose; nothing if it is not noticed.
+
+    Args:
+        arguments: of :func:`check`.
+        change: what to replace, once, in the kernel's CUDA C++, by what.
+        patch: a constant of :mod:`attntune.templates.cuda.hopper`, and its value.
+    """
+    from attntune.templates import cuda_lowering
+    from attntune.templates.cuda import hopper
+
+    compile_source = cuda_lowering.compile_source
+
+    def changed(source: str, *rest: Any, **options: Any) -> Any:
+        assert change[0] in source, f"expected {change[0]!r} in the kernel"
+        return compile_source(source.replace(*change), *rest, **options)
+
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:  # the device ends its process when a kernel breaks its rules
+        os.dup2(writing, 2)
+        cuda_lowering.compile_source = changed
+        if patch:
+            setattr(hopper, *patch)
+        try:
+            os.write(writing, check(*arguments).encode())
+        except Exception as error:
+            os.write(writing, f"{type(error).__name__}: {error}".encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as found:
+        text = found.read().decode()
+    os.waitpid(child, 0)
+    return text
 
 
 def reverses(code: str, late: bool, seed: int) -> bool:
