@@ -156,12 +156,15 @@ void run_block() {
     size_t at_barrier = 0, done = 0;
     for (Fiber& f : fibers) at_barrier += f.state == kAtBarrier, done += f.state == kDone;
     if (done == n) break;
+    if (at_barrier + done == n) {
+      for (Fiber& f : fibers)
+        if (f.state == kAtBarrier) f.state = kReady;
+      continue;
+    }
     if (hopper_progress()) continue;
     for (Fiber& f : fibers)
       if (f.state == kBlocked) fail("deadlock: a thread waits for what never comes");
-    if (at_barrier + done != n) fail("deadlock: some threads wait for a warp, others at a barrier");
-    for (Fiber& f : fibers)
-      if (f.state == kAtBarrier) f.state = kReady;
+    fail("deadlock: some threads wait for a warp, others at a barrier");
   }
   for (Fiber& f : fibers)
     for (auto& group : f.groups)

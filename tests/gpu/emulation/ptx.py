@@ -19,7 +19,9 @@ def without_assembly(code: str) -> str:
     while found := _ASM.search(code, end):
         close = _closing(code, found.end())
         parts += [code[end : found.start()], _statement(code[found.end() : close])]
-        end = close + 1
+        semicolon = re.compile(r"\)\s*;").match(code, close)
+        assert semicolon, f"expected a semicolon after {code[found.start() : close + 1]!r}"
+        end = semicolon.end()
     return "".join([*parts, code[end:]])
 
 
