@@ -253,7 +253,7 @@ ATTENTIONS = (
     Attention(1, 2, 9, 4, 16, causal=True, causal_offset=-3, dtype="bfloat16"),
 )
 
-#: For wgmma and TMA, which take no fewer rows: edges in every direction, fewer slices than stages, several tiles a block.
+#: For wgmma and TMA, from 33 rows on: edges in every direction, fewer slices than stages, several tiles a block.
 HOPPER_LINEARS = (
     Linear(70, 64, 64, dtype="bfloat16", bias=False),
     Linear(100, 200, 80, dtype="float16", activation="gelu_tanh", residual=True),
@@ -265,13 +265,13 @@ HOPPER_LINEARS = (
 #: For wgmma and TMA, head_dim 64 and 128: every layout and variant, blocks at edges, queries that see no key.
 HOPPER_ATTENTIONS = (
     Attention(1, 2, 70, 70, 64, dtype="bfloat16"),
-    Attention(1, 2, 150, 182, 128, dtype="float16", layout="bhsd", causal=True, causal_offset=32),
+    Attention(1, 1, 150, 182, 128, dtype="float16", layout="bhsd", causal=True, causal_offset=32),
     Attention(2, 2, 133, 133, 64, dtype="bfloat16", packed=True, causal=True, mask=True),
-    Attention(1, 4, 130, 130, 128, kv_heads=2, dtype="float16", causal=True, window=50, alibi=True),
+    Attention(1, 2, 130, 130, 128, kv_heads=1, dtype="float16", causal=True, window=50, alibi=True),
     Attention(2, 2, 40, 145, 64, dtype="bfloat16", layout="bhsd", softcap=3.0, bias_batch=2, bias_heads=1),
-    Attention(2, 2, 35, 290, 64, kv_heads=1, dtype="float16", lengths="kv", causal=True),
-    Attention(2, 2, 140, 140, 128, packed=True, dtype="bfloat16", lengths="qkv"),
-    Attention(1, 2, 37, 133, 64, dtype="float16", score_mod="oracles:halve_far_scores", causal=True, scale=-0.2),
+    Attention(2, 2, 35, 200, 64, kv_heads=1, dtype="float16", lengths="kv", causal=True),
+    Attention(2, 1, 140, 140, 128, packed=True, dtype="bfloat16", lengths="qkv"),
+    Attention(1, 1, 37, 133, 64, dtype="float16", score_mod="oracles:halve_far_scores", causal=True, scale=-0.2),
     Attention(1, 2, 40, 4, 64, causal=True, causal_offset=-3, dtype="bfloat16"),
 )
 

@@ -96,6 +96,8 @@ def kernel(
             axes = list(zip(("blockIdx.x", "blockIdx.y"), grid, strict=False))
             blocks = [stack.enter_context(T.launch_thread(name, extent)) for name, extent in reversed(axes)]
             thread = stack.enter_context(T.launch_thread("threadIdx.x", threads))
+            # So that the assembler knows how many registers a block begins with, or it ignores setmaxnreg.
+            stack.enter_context(T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1}))
             stack.enter_context(T.sblock("kernel"))
             T.reads()
             T.writes()
