@@ -47,12 +47,12 @@ LINEAR_CONFIGS = (
 ATTENTION_CONFIGS = (
     attention_config(1, 32, 2, False, False),
     attention_config(2, 64, 2, True, True),
-    attention_config(2, 96, 3, True, True),
+    attention_config(2, 32, 3, True, True),
     attention_config(1, 32, 4, True, False),
-    attention_config(1, 64, 2, True, False),
+    attention_config(1, 32, 2, True, False),
     attention_config(1, 96, 2, False, False),
     attention_config(3, 32, 2, False, False),
-    attention_config(1, 64, 3, True, False),
+    attention_config(1, 32, 3, True, False),
     attention_config(1, 32, 2, True, False),
 )
 LATE, EARLY = (True, 3), (False, 4)  # asynchronous work, as late or as early as allowed; a seed
@@ -100,7 +100,7 @@ FAULTS = [
     ({"patch": ("_SWIZZLE_128B", 2)}, True, "SWIZZLE_64B"),
     # The producer's thread does not wait for consumers, or consumers not for it.
     ({"change": (WAIT, WAIT + " if (threadIdx.x == 0) return;")}, False, "expected|deadlock"),
-    ({"change": (WAIT, WAIT + " if (threadIdx.x != 0) return;")}, True, "expected"),
+    ({"change": (WAIT, WAIT + " if (threadIdx.x != 0) return;")}, True, "expected|more arrivals"),
     ({"change": ("mbarrier.arrive.shared::cta.b64 _, [%0];", "")}, True, "deadlock"),
     ({"change": (':: "r"(barrier), "r"(bytes)', ':: "r"(barrier), "r"(bytes + 128)')}, True, "deadlock"),
     ({"change": ("fence.mbarrier_init.release.cluster;", "")}, True, "before a fence after its initialisation"),
@@ -133,7 +133,7 @@ class TestFaults:
     def test_none_where_nothing_is_broken(self, emulator):
         for case in (self.linear, self.attention):
             for late in (True, False):
-                assert emulator.call("emulation:fault", *case, late, 5) == ""
+                assert emulator.call("emulation:check", *case, late, 5) == ""
 
     @pytest.mark.parametrize(("fault", "late", "message"), FAULTS, ids=str)
     def test_in_linear(self, emulator, fault, late, message):
@@ -152,7 +152,6 @@ LARGE = Linear(4096, 4096, 4096, dtype="bfloat16")
 LONG = Attention(4, 16, 4096, 4096, 128, layout="bhsd", dtype="bfloat16", causal=True)
 COMPILED = [
     (LINEAR, LARGE.replace(dtype="float16"), None),
-    (LINEAR, LARGE.replace(gated=True, activation="silu"), linear_config(192, 64, 4, 3, True, 8)),
     (ATTENTION, LONG, None),
     (ATTENTION, LONG.replace(head_dim=64, dtype="float16", causal=False), attention_config(2, 176, 2, True, True)),
     (ATTENTION, LONG.replace(head_dim=64, kv_heads=4), attention_config(3, 64, 3, False, False)),

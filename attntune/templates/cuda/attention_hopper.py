@@ -9,7 +9,7 @@
                   they lie, rows of K
 
 ``overlap``: the scores of a block are computed before the values of the block before are summed, so that its softmax
-runs meanwhile. ``pingpong``: two consumers take turns at issuing products, so that one's run during the other's softmax.
+runs meanwhile. ``pingpong``: two consumers take turns at issuing products: one's run during the other's softmax.
 Masks, biases, ALiBi, caps, windows, lengths and ``score_mod`` are those of the template for sm_80, whose registers hold
 the same; where there is none of them the scale is multiplied into the exponential's argument.
 

@@ -227,7 +227,7 @@ class AttentionHopperKernel(AttentionKernel):
         hopper.commit()
 
     def _finish(self, n: Any, pending: int = 0) -> None:
-        """Have the scores of the ``n``-th block, with so many later groups still computed; its keys are read no more."""
+        """Have the scores of the ``n``-th block, so many later groups still computed; its keys are read no more."""
         hopper.wait(pending)
         hopper.hold(self.scores.access_ptr("rw"), self.bk // 2)
         self._release(n, 0)

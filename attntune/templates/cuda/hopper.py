@@ -251,7 +251,8 @@ def descriptor(address: Any, tile_bytes: int = 0) -> Any:
     """Of an operand at ``address``: K-major; MN-major where ``tile_bytes`` says how far apart 64 elements of N are."""
     from tvm.tirx.script.builder import ir as T
 
-    source = f"""__forceinline__ __device__ unsigned long long attntune_descriptor(unsigned address, unsigned leading) {{
+    source = f"""__forceinline__ __device__ unsigned long long
+attntune_descriptor(unsigned address, unsigned leading) {{
   // Start, leading and stride offset in units of 16 bytes; 1: the 128-byte swizzle.
   return (unsigned long long)((address & 0x3FFFF) >> 4) | (unsigned long long)(leading >> 4) << 16 |
          (unsigned long long)({PATTERN_BYTES} >> 4) << 32 | 1ull << 62;

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,16 @@ def then(folder: str, call: str, *arguments: Any) -> None:
     resolve(call)(*arguments)
 
 
+@lru_cache(maxsize=1)
+def _built(template_name: str, workload: Any, target: Any, config: Any) -> Any:
+    from attntune.templates import load_template
+    from attntune.templates.lowering import build
+
+    template = load_template(template_name)
+    assert template.space(workload, target).check(config) == config
+    return build(template.schedule(workload, target, config), target)
+
+
 def check(template_name: str, workload: Any, target: Any, config: Any, late: bool = True, seed: int = 0) -> str:
     """Build, run and compare; what is wrong, or nothing."""
     import tvm
@@ -106,11 +117,9 @@ def check(template_name: str, workload: Any, target: Any, config: Any, late: boo
     from attntune.measure.buffers import numpy_dtype
     from attntune.measure.evaluator import mismatch
     from attntune.templates import load_template
-    from attntune.templates.lowering import build
 
     template = load_template(template_name)
-    assert template.space(workload, target).check(config) == config
-    executable = build(template.schedule(workload, target, config), target)
+    executable = _built(template_name, workload, target, config)
     inputs = workload.example_inputs(seed=1)
     packings = template.pack(workload, target)
     device = tvm.cuda(0)
@@ -160,6 +169,7 @@ def fault(*arguments: Any, change: tuple[str, str] = ("", ""), patch: tuple[str,
     if child == 0:  # the device ends its process when a kernel breaks its rules
         os.dup2(writing, 2)
         cuda_lowering.compile_source = changed
+        _built.cache_clear()
         if patch:
             setattr(hopper, *patch)
         try:
