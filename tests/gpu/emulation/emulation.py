@@ -37,7 +37,7 @@ def load_driver(folder: str) -> None:
         if not library.exists():
             version.write_text(f"{name} {{ global: *; }};")
             script = [f"-Wl,--version-script={version}"] if name.startswith("libcudart") else []
-            flags = ("-O2", "-shared", f"-Wl,-soname,{name}", str(_HERE / "hopper.cpp"), *script)
+            flags = ("-O1", "-shared", f"-Wl,-soname,{name}", str(_HERE / "hopper.cpp"), *script)
             _compile(_HERE / "driver.cpp", library, *flags)
         loaded = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
         _driver = _driver or loaded
