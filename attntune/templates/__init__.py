@@ -24,8 +24,10 @@ from attntune.templates.cpu.rms_norm import RMSNormCPU
 from attntune.templates.cpu.softmax import SoftmaxCPU
 from attntune.templates.cpu.top_k import ArgMaxCPU, TopKCPU
 from attntune.templates.cuda.attention import AttentionCUDA
+from attntune.templates.cuda.attention_hopper import AttentionHopper
 from attntune.templates.cuda.generic import GenericCUDA
 from attntune.templates.cuda.linear import LinearCUDA
+from attntune.templates.cuda.linear_hopper import LinearHopper
 from attntune.templates.cuda.rows import EmbeddingNormCUDA, LayerNormCUDA, RMSNormCUDA, SoftmaxCUDA
 from attntune.templates.template import Packing, ScheduleTemplate
 
@@ -55,9 +57,11 @@ REGISTRY: tuple[ScheduleTemplate, ...] = (
     SoftmaxCPU(),
     TopKCPU(),
     UnfoldCPU(),
+    AttentionHopper(),
     AttentionCUDA(),
     EmbeddingNormCUDA(),
     LayerNormCUDA(),
+    LinearHopper(),
     LinearCUDA(),
     RMSNormCUDA(),
     SoftmaxCUDA(),

@@ -257,10 +257,34 @@ ATTENTIONS = (
     Attention(1, 2, 9, 4, 16, causal=True, causal_offset=-3, dtype="bfloat16"),
 )
 
+#: For wgmma and TMA, from 33 rows on: edges in every direction, fewer slices than stages, several tiles a block.
+HOPPER_LINEARS = (
+    Linear(70, 64, 64, dtype="bfloat16", bias=False),
+    Linear(100, 200, 80, dtype="float16", activation="gelu_tanh", residual=True),
+    Linear(300, 136, 130, dtype="bfloat16", activation="relu", out_dtype="float32"),
+    Linear(200, 72, 48, dtype="float16", gated=True, activation="silu", residual=True),
+    Linear(400, 328, 200, dtype="bfloat16"),
+)
+
+#: For wgmma and TMA, head_dim 64 and 128: every layout and variant, blocks at edges, queries that see no key.
+HOPPER_ATTENTIONS = (
+    Attention(1, 2, 70, 70, 64, dtype="bfloat16"),
+    Attention(1, 1, 150, 182, 128, dtype="float16", layout="bhsd", causal=True, causal_offset=32),
+    Attention(2, 2, 133, 133, 64, dtype="bfloat16", packed=True, causal=True, mask=True),
+    Attention(1, 2, 130, 130, 128, kv_heads=1, dtype="float16", causal=True, window=50, alibi=True),
+    Attention(2, 2, 40, 145, 64, dtype="bfloat16", layout="bhsd", softcap=3.0, bias_batch=2, bias_heads=1),
+    Attention(2, 2, 35, 200, 64, kv_heads=1, dtype="float16", lengths="kv", causal=True),
+    Attention(2, 1, 140, 140, 128, packed=True, dtype="bfloat16", lengths="qkv"),
+    Attention(1, 1, 37, 133, 64, dtype="float16", score_mod="oracles:halve_far_scores", causal=True, scale=-0.2),
+    Attention(1, 2, 40, 4, 64, causal=True, causal_offset=-3, dtype="bfloat16"),
+)
+
+TENSOR_CORES = (LINEARS, ATTENTIONS, HOPPER_LINEARS, HOPPER_ATTENTIONS)
+
 
 def on_cuda() -> tuple[Workload, ...]:
     """Each of these; of operators with templates of their own, each again in every dtype tensor cores multiply."""
-    found = dict.fromkeys(w for workloads in (*CORNERS.values(), LINEARS, ATTENTIONS) for w in workloads)
+    found = dict.fromkeys(w for workloads in (*CORNERS.values(), *TENSOR_CORES) for w in workloads)
     own = {template.op for template in REGISTRY if template.kind == "cuda"}
     for workload in [w for w in found if w.op in own]:
         for dtype in ("bfloat16", "float16"):

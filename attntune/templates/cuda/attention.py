@@ -13,8 +13,8 @@ ALiBi, caps and ``score_mod`` are the definition's own expressions, on registers
 
 Source: Dao, "FlashAttention-2" (2023).
 
-Ladder: none yet, for this kernel never ran on a GPU. Open: split keys for few queries (decoding); ragged batches;
-wgmma and TMA on sm_90a.
+Ladder: none yet, for this kernel never ran on a GPU. Open: split keys for few queries (decoding); ragged batches.
+On sm_90a ``attention_hopper.py`` comes first.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ Both operands are read as they lie; a gated tile holds the same columns of the g
 the edges read zeros, for rows, columns and in_features alike.
 
 Ladder: none yet, for this kernel never ran on a GPU. Open: split in_features for few rows; store whole rows through
-shared memory; wgmma and TMA on sm_90a.
+shared memory. On sm_90a ``linear_hopper.py`` comes first.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@
 #define blockDim emulated_block_size()
 #define gridDim emulated_grid_size()
 #define __syncthreads() emulated_barrier()
+#define __grid_constant__
+#define __cvta_generic_to_shared(pointer) emulated_shared_address(pointer)
 
 namespace emulated {
 template <typename T>

@@ -1,10 +1,11 @@
 // A CUDA driver and runtime without a GPU: kernels compiled by the host's compiler run thread by thread on the CPU.
 //
-// Every thread of a block is a fiber. It runs until it meets the others: at __syncthreads, or at an operation of its
-// whole warp (a shuffle, ldmatrix, mma). Blocks run one after another, their threads in an order drawn from a seed, so
+// Every thread of a block is a fiber. It runs until it meets the others: at __syncthreads, at an operation of its whole
+// warp (a shuffle, ldmatrix, mma), or where it waits for others' doing (block_until). Blocks run one after another, their threads in an order drawn from a seed, so
 // a missing barrier shows in some order. Shared memory starts as NaN and ends in guard bytes. Asynchronous copies land
 // as late as cp.async.wait_group allows, or as early as they are issued: the one shows a missing wait, the other a
-// buffer that is overwritten while it is still read.
+// buffer that is overwritten while it is still read. Shared memory begins where its declared alignment allows, drawn
+// from the seed. What Hopper adds is in hopper.cpp.
 #include <dlfcn.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -15,18 +16,20 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "emulation.h"
+#include "driver.h"
 
 namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr size_t kStack = 256 * 1024, kGuard = 4096;
+constexpr unsigned kSharedAlignment = 64;  // of dynamic shared memory, as TVM declares it
 
-enum State { kReady, kAtBarrier, kAtWarp, kDone };
+enum State { kReady, kAtBarrier, kAtWarp, kBlocked, kDone };
 
 struct Copy {
   void* to;
@@ -41,6 +44,7 @@ struct Fiber {
   EmulatedIndex thread;
   EmulatedWarpOperation operation;
   void* argument;
+  std::function<bool()> may_go;          // what a blocked thread waits for
   std::deque<std::vector<Copy>> groups;  // of cp.async, the last one open
 };
 
@@ -50,15 +54,11 @@ ucontext_t scheduler;
 EmulatedIndex grid_index, grid_size, block_size;
 char* shared = nullptr;
 size_t shared_bytes;
+unsigned window;  // where it lies in the address space of shared memory
 void (*kernel)(void**);
 void** arguments;
 bool late_copies = true;
 std::mt19937 order(0);
-
-[[noreturn]] void fail(const std::string& what) {
-  fprintf(stderr, "CUDA emulation: %s (block %u,%u,%u)\n", what.c_str(), grid_index.x, grid_index.y, grid_index.z);
-  abort();
-}
 
 void copy(const Copy& c) {
   memcpy(c.to, c.from, c.from_bytes);
@@ -75,6 +75,28 @@ void run_thread() {
   running->state = kDone;
   swapcontext(&running->context, &scheduler);
 }
+
+}  // namespace
+
+[[noreturn]] void fail(const std::string& what) {
+  fprintf(stderr, "CUDA emulation: %s (block %u,%u,%u)\n", what.c_str(), grid_index.x, grid_index.y, grid_index.z);
+  abort();
+}
+bool late() { return late_copies; }
+unsigned drawn(unsigned below) { return order() % below; }
+size_t thread_index() { return running - fibers.data(); }
+size_t thread_count() { return fibers.size(); }
+void block_until(std::function<bool()> may_go) {
+  if (may_go()) return;
+  running->may_go = std::move(may_go);
+  wait(kBlocked);
+}
+void* shared_at(unsigned address, size_t bytes, const char* what) {
+  if (address < window || address + bytes > window + shared_bytes) fail(std::string(what) + " outside of shared memory");
+  return shared + (address - window);
+}
+
+namespace {
 
 // Runs the operation of each warp whose threads have all arrived at it.
 bool run_warps() {
@@ -105,6 +127,7 @@ void run_block() {
   memset(shared, 0xFF, shared_bytes);
   memset(shared + shared_bytes, 0x5A, kGuard);
   size_t n = fibers.size();
+  hopper_begin();
   for (size_t i = 0; i < n; ++i) {
     Fiber& f = fibers[i];
     f.state = kReady;
@@ -122,6 +145,7 @@ void run_block() {
   for (;;) {
     bool ran = false;
     for (size_t i : turn) {
+      if (fibers[i].state == kBlocked && fibers[i].may_go()) fibers[i].state = kReady;
       if (fibers[i].state != kReady) continue;
       running = &fibers[i];
       swapcontext(&scheduler, &running->context);
@@ -132,13 +156,20 @@ void run_block() {
     size_t at_barrier = 0, done = 0;
     for (Fiber& f : fibers) at_barrier += f.state == kAtBarrier, done += f.state == kDone;
     if (done == n) break;
-    if (at_barrier + done != n) fail("deadlock: some threads wait for a warp, others at a barrier");
+    if (at_barrier + done == n) {
+      for (Fiber& f : fibers)
+        if (f.state == kAtBarrier) f.state = kReady;
+      continue;
+    }
+    if (hopper_progress()) continue;
     for (Fiber& f : fibers)
-      if (f.state == kAtBarrier) f.state = kReady;
+      if (f.state == kBlocked) fail("deadlock: a thread waits for what never comes");
+    fail("deadlock: some threads wait for a warp, others at a barrier");
   }
   for (Fiber& f : fibers)
     for (auto& group : f.groups)
       if (late_copies && !group.empty()) fail("a thread ended before its asynchronous copies");
+  hopper_end();
   for (size_t i = 0; i < kGuard; ++i)
     if (shared[shared_bytes + i] != 0x5A) fail("wrote past the end of shared memory");
 }
@@ -149,8 +180,9 @@ void launch(void (*function)(void**), void** parameters, EmulatedIndex grid, Emu
   grid_size = grid;
   block_size = block;
   shared_bytes = bytes;
-  char* memory = static_cast<char*>(aligned_alloc(4096, (bytes + 2 * kGuard) / 4096 * 4096));
-  shared = memory;
+  char* memory = static_cast<char*>(aligned_alloc(4096, (bytes + 3 * kGuard) / 4096 * 4096));
+  window = 1024 + kSharedAlignment * drawn(1024 / kSharedAlignment);
+  shared = memory + window;
   size_t n = size_t(block.x) * block.y * block.z;
   if (n > 1024) fail("more than 1024 threads in a block");
   if (fibers.size() < n) fibers.reserve(1024);
@@ -182,6 +214,9 @@ EmulatedIndex emulated_block_index() { return grid_index; }
 EmulatedIndex emulated_block_size() { return block_size; }
 EmulatedIndex emulated_grid_size() { return grid_size; }
 char* emulated_shared() { return shared; }
+unsigned emulated_shared_address(const void* pointer) {
+  return window + unsigned(static_cast<const char*>(pointer) - shared);
+}
 void emulated_barrier() { wait(kAtBarrier); }
 
 void emulated_warp(EmulatedWarpOperation operation, void* argument) {
@@ -234,7 +269,6 @@ int cuDeviceGetName(char* name, int length, int) { return snprintf(name, length,
 int cuFuncSetAttribute(void*, int, int) { return 0; }
 int cuGetErrorName(int, const char** text) { return *text = "emulated", 0; }
 int cuGetErrorString(int, const char** text) { return *text = "an error of the emulated device", 0; }
-int cuTensorMapEncodeTiled(...) { return 801; }
 
 // -- libcudart --------------------------------------------------------------------------------------------------------
 int cudaDeviceGetAttribute(int* value, int attribute, int) {

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import re
 import shutil
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ptx import without_assembly
 
 from attntune.target import cuda_home
 
@@ -34,7 +37,8 @@ def load_driver(folder: str) -> None:
         if not library.exists():
             version.write_text(f"{name} {{ global: *; }};")
             script = [f"-Wl,--version-script={version}"] if name.startswith("libcudart") else []
-            _compile(_HERE / "driver.cpp", library, "-O1", "-shared", f"-Wl,-soname,{name}", *script)
+            flags = ("-O1", "-shared", f"-Wl,-soname,{name}", str(_HERE / "hopper.cpp"), *script)
+            _compile(_HERE / "driver.cpp", library, *flags)
         loaded = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
         _driver = _driver or loaded
     header = _folder / "device.h"
@@ -65,7 +69,7 @@ def _kernel(code: str) -> Path:
     """The shared library of one CUDA source, with ``NAME_emulated(void**)`` for each kernel."""
     thunks = []
     for name, parameters in _SIGNATURE.findall(code):
-        types = [re.sub(r"\b__restrict__\b", "", p).rsplit(" ", 1)[0] for p in parameters.split(", ")]
+        types = [re.sub(r"\b__(restrict|grid_constant)__\b", "", p).rsplit(" ", 1)[0] for p in parameters.split(", ")]
         values = ", ".join(f"*static_cast<{type_.strip()}*>(p[{i}])" for i, type_ in enumerate(types) if type_)
         thunks.append(f'extern "C" void {name}_emulated(void** p) {{ {name}({values}); }}')
     dynamic = r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];"
@@ -80,12 +84,12 @@ def _kernel(code: str) -> Path:
 
 
 def _without_assembly(code: str) -> str:
-    """``code`` without the intrinsics that are assembly; device.h has them for the CPU."""
+    """``code`` without assembly: device.h has the intrinsics of sm_80 by name, and ptx.py translates the rest."""
     from attntune.templates.cuda.intrinsics import SOURCES
 
     for source in SOURCES.values():
         code = code.replace(source, "")
-    return code
+    return without_assembly(code)
 
 
 def then(folder: str, call: str, *arguments: Any) -> None:
@@ -96,6 +100,16 @@ def then(folder: str, call: str, *arguments: Any) -> None:
     resolve(call)(*arguments)
 
 
+@lru_cache(maxsize=1)
+def _built(template_name: str, workload: Any, target: Any, config: Any) -> Any:
+    from attntune.templates import load_template
+    from attntune.templates.lowering import build
+
+    template = load_template(template_name)
+    assert template.space(workload, target).check(config) == config
+    return build(template.schedule(workload, target, config), target)
+
+
 def check(template_name: str, workload: Any, target: Any, config: Any, late: bool = True, seed: int = 0) -> str:
     """Build, run and compare; what is wrong, or nothing."""
     import tvm
@@ -103,11 +117,9 @@ def check(template_name: str, workload: Any, target: Any, config: Any, late: boo
     from attntune.measure.buffers import numpy_dtype
     from attntune.measure.evaluator import mismatch
     from attntune.templates import load_template
-    from attntune.templates.lowering import build
 
     template = load_template(template_name)
-    assert template.space(workload, target).check(config) == config
-    executable = build(template.schedule(workload, target, config), target)
+    executable = _built(template_name, workload, target, config)
     inputs = workload.example_inputs(seed=1)
     packings = template.pack(workload, target)
     device = tvm.cuda(0)
@@ -133,6 +145,43 @@ def check(template_name: str, workload: Any, target: Any, config: Any, late: boo
         if problem:
             return f"{workload} {config}: {problem}"
     return ""
+
+
+def fault(*arguments: Any, change: tuple[str, str] = ("", ""), patch: tuple[str, Any] | None = None) -> str:
+    """What :func:`check` finds, or the device, where a kernel is broken on purpose; nothing if it is not noticed.
+
+    Args:
+        arguments: of :func:`check`.
+        change: what to replace, once, in the kernel's CUDA C++, by what.
+        patch: a constant of :mod:`attntune.templates.cuda.hopper`, and its value.
+    """
+    from attntune.templates import cuda_lowering
+    from attntune.templates.cuda import hopper
+
+    compile_source = cuda_lowering.compile_source
+
+    def changed(source: str, *rest: Any, **options: Any) -> Any:
+        assert change[0] in source, f"expected {change[0]!r} in the kernel"
+        return compile_source(source.replace(*change), *rest, **options)
+
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:  # the device ends its process when a kernel breaks its rules
+        os.dup2(writing, 2)
+        cuda_lowering.compile_source = changed
+        _built.cache_clear()
+        if patch:
+            setattr(hopper, *patch)
+        try:
+            os.write(writing, check(*arguments).encode())
+        except Exception as error:
+            os.write(writing, f"{type(error).__name__}: {error}".encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as found:
+        text = found.read().decode()
+    os.waitpid(child, 0)
+    return text
 
 
 def reverses(code: str, late: bool, seed: int) -> bool:
