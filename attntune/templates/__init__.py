@@ -24,6 +24,7 @@ from attntune.templates.cpu.softmax import SoftmaxCPU
 from attntune.templates.cpu.top_k import ArgMaxCPU, TopKCPU
 from attntune.templates.cuda.attention import AttentionCUDA
 from attntune.templates.cuda.generic import GenericCUDA
+from attntune.templates.cuda.kv_append import KVAppendCUDA
 from attntune.templates.cuda.linear import LinearCUDA
 from attntune.templates.cuda.rows import EmbeddingNormCUDA, LayerNormCUDA, RMSNormCUDA, SoftmaxCUDA
 from attntune.templates.template import Packing, ScheduleTemplate
@@ -55,6 +56,7 @@ REGISTRY: tuple[ScheduleTemplate, ...] = (
     UnfoldCPU(),
     AttentionCUDA(),
     EmbeddingNormCUDA(),
+    KVAppendCUDA(),
     LayerNormCUDA(),
     LinearCUDA(),
     RMSNormCUDA(),

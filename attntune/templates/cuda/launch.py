@@ -12,7 +12,7 @@ from attntune.ops.workload import Workload
 def kernel(
     w: Workload, grid: Sequence[int], threads: int, body: Callable[[dict[str, Any], list[Any], Any], None]
 ) -> Any:
-    """A ``PrimFunc`` ``main`` over the inputs and outputs of ``w`` that launches one kernel.
+    """A ``PrimFunc`` ``main`` over the inputs and fresh outputs of ``w`` that launches one kernel.
 
     Args:
         w: names, shapes and dtypes of the arguments.
@@ -26,7 +26,7 @@ def kernel(
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("main")
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-        specs = (*w.inputs(), *w.outputs())
+        specs = (*w.inputs(), *w.fresh())
         operand = {spec.name: T.arg(spec.name, T.buffer(spec.shape, spec.dtype)) for spec in specs}
         with contextlib.ExitStack() as stack:
             stack.enter_context(T.sblock("root"))
