@@ -232,7 +232,8 @@ class OnDevice:
     def laid_out(self, rows: slice, inside: tuple[slice, ...], shape: tuple[int, ...]) -> Any:
         """Rows of it as a tensor of ``shape``, with zeros outside of ``inside``.
 
-        None where that is not the whole tensor of another library than torch. Read in place when they have that shape and lie contiguously at a multiple of 64 bytes.
+        None where that is not the whole tensor of another library than torch. Read in place when they have that shape
+        and lie contiguously at a multiple of 64 bytes.
         """
         if not self.is_torch:
             whole = self.shape == shape and rows == slice(0, shape[0])

@@ -92,7 +92,7 @@ class Device(ABC):
         """The results of all pieces as one, without padding."""
 
     def form(self, inputs: Mapping[str, Any]) -> str:
-        """What the caller gets: ``"numpy"``, ``"torch"``; ``"torch-device"`` where torch's tensors are on the device."""
+        """What the caller gets: ``"numpy"``; ``"torch"``; ``"torch-device"`` where torch's tensors are there."""
         return "torch" if any(is_torch(value) for value in inputs.values()) else "numpy"
 
 

@@ -82,17 +82,14 @@ def building(target: Target, *, code: str = "cubin") -> Iterator[CudaBuild]:
     _register_callback()
     build = CudaBuild(target, code)
     token = _building.set(build)
-    before = os.environ.get(_AS_SOURCE)
+    os.environ.pop(_AS_SOURCE, None)  # TVM offers no other way to say so, and no one else's choice counts here
     if code == "source":
         os.environ[_AS_SOURCE] = "1"
     try:
         yield build
     finally:
+        os.environ.pop(_AS_SOURCE, None)
         _building.reset(token)
-        if code == "source":
-            os.environ.pop(_AS_SOURCE)
-            if before is not None:
-                os.environ[_AS_SOURCE] = before
 
 
 def finish(build: CudaBuild, module: Any) -> None:
