@@ -19,6 +19,7 @@ from attntune.models.model import Model, bind
 from attntune.models.precision import at_precision, supported
 from attntune.ops import TensorSpec, Workload
 from attntune.runtime.artifact import LIBRARY, WEIGHTS, Artifact, seal, write_weights
+from attntune.runtime.cuda import CODES
 from attntune.runtime.vocabulary import VOCABULARY
 from attntune.target import Target
 
@@ -64,6 +65,7 @@ def compile(
     shapes: Sequence[Shape | tuple[int, int]] | None = None,
     entries: Sequence[str] | None = None,
     precision: str = "float32",
+    cuda_code: str = "cubin",
     on_progress: Callable[[str], None] | None = None,
 ) -> Artifact:
     """Compile a model with the best schedules known.
@@ -75,17 +77,19 @@ def compile(
             after it, and analytic defaults where nothing is known.
         shapes: the (batch, seq) buckets to compile; by default batches 1, 2, 4 and 8 by lengths up to the model's.
         entries: entry points to compile; all by default.
-        precision: ``float32``, ``bfloat16``, ``int8`` or ``int4``, see
+        precision: one of :data:`attntune.models.precision.PRECISIONS`, see
             :func:`attntune.models.precision.at_precision`; inputs and outputs stay what they are. A target without the
-            instructions gets float32, and ``on_progress`` is told.
+            instructions gets another, and ``on_progress`` is told.
+        cuda_code: for CUDA, what the artifact carries: ``"cubin"``, for devices of the target's compute capability;
+            ``"ptx"``, which the driver of newer ones assembles too; or ``"source"``, which takes nvcc to load.
         on_progress: called with a line at each stage.
 
     Raises:
         CompileError: when a shape cannot be compiled, naming the workload and config that failed.
     """
     target = Target.parse(target)
-    if target.kind != "cpu":
-        raise CompileError(f"expected a CPU target, got {target.name}: whole models do not compile for CUDA yet")
+    if cuda_code not in CODES:
+        raise CompileError(f"expected cuda_code to be one of {CODES}, got {cuda_code!r}")
     say = on_progress or (lambda line: None)
     precision, reason = supported(precision, target)
     if reason:
@@ -101,7 +105,7 @@ def compile(
         packed = _pack_weights(model, target, kernels, chosen)
         module, rows = _lower(model, target, kernels, buckets, chosen)
         say("building")
-        _build(module, target, folder / LIBRARY, kernels)
+        _build(module, target, folder / LIBRARY, kernels, cuda_code)
         index = write_weights(folder / WEIGHTS, packed)
         if model.tokenizer is not None:
             (folder / "tokenizer.json").write_text(model.tokenizer, encoding="utf-8")
@@ -111,7 +115,7 @@ def compile(
                     shutil.copyfile(model.directory / name, folder / name)
         if model.vocabulary is not None:
             (folder / VOCABULARY).write_text(json.dumps(model.vocabulary, ensure_ascii=False), encoding="utf-8")
-        artifact = seal(folder, _manifest(model, target, kernels, rows, index, chosen))
+        artifact = seal(folder, _manifest(model, target, kernels, rows, index, chosen, cuda_code))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -321,11 +325,17 @@ def _shaped(builder: Any, value: Any, shape: tuple[int, ...]) -> Any:
     return builder.emit(relax.op.reshape(value, shape))
 
 
-def _build(module: Any, target: Target, path: Path, kernels: Mapping[Workload, Kernel]) -> None:
-    from attntune.templates import lowering
+def _build(module: Any, target: Target, path: Path, kernels: Mapping[Workload, Kernel], cuda_code: str) -> None:
+    from attntune.templates import cuda_lowering, lowering
 
+    if target.kind == "cuda" and cuda_code != "source" and not cuda_lowering.load_cuda_runtime():
+        raise CompileError(
+            f"expected TVM's CUDA runtime, to embed {cuda_code} for {target.key()}, and cannot load it; it needs "
+            "libcudart.so.13 (the CUDA toolkit's) and, without NVIDIA's driver, a C compiler; or compile with "
+            "cuda_code='source'"
+        )
     try:
-        lowering.export(module, target, path)
+        lowering.export(module, target, path, code=cuda_code)
     except Exception as error:
         configs = ", ".join(str(kernel.workload) for kernel in list(kernels.values())[:3])
         raise CompileError(
@@ -343,6 +353,7 @@ def _manifest(
     rows: list[dict[str, Any]],
     weights: Mapping[str, Any],
     entries: Iterable[str],
+    cuda_code: str,
 ) -> dict[str, Any]:
     from attntune import __version__
     from attntune.measure.machine import versions
@@ -370,4 +381,5 @@ def _manifest(
         "buckets": rows,
         "kernels": [kernel.to_json() for kernel in kernels.values()],
         "weights": dict(weights),
+        **({"cuda_code": cuda_code} if target.kind == "cuda" else {}),
     }

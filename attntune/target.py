@@ -349,6 +349,12 @@ PRESETS: dict[str, Target] = {
 _CAPABILITIES = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90a", (10, 0): "sm_100"}
 
 
+def capability(target: Target) -> tuple[int, int]:
+    """Compute capability, (major, minor), of the devices that a CUDA target is for."""
+    digits = target.arch.removeprefix("sm_").rstrip("a")
+    return int(digits[:-1]), int(digits[-1])
+
+
 def cuda_target(major: int, minor: int, sm_count: int) -> Target:
     """The preset for a CUDA device of this compute capability, with as many SMs as it has.
 

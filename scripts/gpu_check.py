@@ -3,9 +3,10 @@
     scripts/gpu_check --minutes 20 --results results/gpu-h100
     scripts/gpu_check --steps check,compare --only attention-bfloat16-128
 
-Steps: check (default configs against the float64 reference; the benchmark shapes also against PyTorch), tune, compare
-(interleaved, each engine in a process of its own). Stop it at any time; the same command goes on where it was. Results:
-check-*.json, tuning.jsonl (a journal of schedules), one file of raw samples for each part, README.md with the tables.
+Steps: check (default configs against the float64 reference; without --only and --ops small whole models against the
+CPU; the benchmark shapes also against PyTorch), tune, compare (interleaved, each engine in a process of its own). Stop
+it at any time; the same command goes on where it was. Results: check-*.json, tuning.jsonl (a journal of schedules), one
+file of raw samples for each part, README.md with the tables.
 Exit codes: 0 success, 1 a kernel that is wrong or failed, 2 an error with a message, 130 an interrupt.
 """
 
@@ -48,6 +49,7 @@ def main() -> int:
         check = GpuCheck(GpuSettings(
             target, device, options.results, chosen, corners, lambda: CudaRunner(measure),
             KernelOptions(rounds=options.rounds, caches=("hot",)), say=say,
+            **({"models": ()} if options.ops or options.only else {}),
         ))  # fmt: skip
         steps = {"check": check.check, "tune": lambda: check.tune(options.minutes), "compare": check.compare}
         wrong: dict[str, None] = {}

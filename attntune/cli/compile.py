@@ -37,6 +37,9 @@ def compile(
     shapes: OptionalShapes = None,
     precision: PrecisionOption = "float32",
     entries: EntriesOption = None,
+    cuda_code: Annotated[
+        str, typer.Option(help="For CUDA, what the artifact carries: cubin, ptx (newer GPUs too), source (needs nvcc).")
+    ] = "cubin",
 ) -> Reply:
     """Compile a model with the best schedules known into an artifact; without --shapes for a grid of shapes."""
     import attntune
@@ -47,7 +50,7 @@ def compile(
     loaded = load_model(model)
     artifact = attntune.compile(
         loaded, target=target, database=database, shapes=sizes, precision=precision, on_progress=note,
-        entries=parse_names(entries),
+        entries=parse_names(entries), cuda_code=cuda_code,
     )  # fmt: skip
     path = artifact.save(output)
     size = sum(file.stat().st_size for file in path.iterdir())

@@ -13,6 +13,10 @@ TOKENS, WIDTH = 16384, 2048
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 #: Rows of every linear layer.
 ROWS = 4096
+#: Rows of the same layers where a model writes: one sequence, and some at once.
+FEW_ROWS = (1, 16, 64)
+#: (batch, keys) of attention in decoding, as of Llama 3 8B: 32 heads over 8 of head_dim 128.
+DECODING = ((1, 1024), (1, 8192), (1, 32768), (16, 2048), (16, 8192))
 #: (in_features, out_features, bias): a square one; BERT-base's; Llama 3 8B's.
 LINEARS = (
     (4096, 4096, False),
@@ -31,22 +35,31 @@ class Part:
 
 
 def parts() -> tuple[Part, ...]:
-    """Linear layers, then attention by dtype, head_dim and mask; head_dim 128 in bfloat16 first."""
+    """Linear layers; attention by dtype, head_dim (128 in bfloat16 first) and mask; few rows, decoding."""
     found = [
-        Part(f"linear-{dtype}", tuple(_linear(dtype)), ("cublas",)) for dtype in ("bfloat16", "float16")
+        Part(f"linear-{dtype}", tuple(_linear(dtype, (ROWS,))), ("cublas",)) for dtype in ("bfloat16", "float16")
     ]  # fmt: skip
     for dtype in ("bfloat16", "float16"):
         for head_dim in (128, 64):
             for causal in (False, True):
                 name = f"attention-{dtype}-{head_dim}{'-causal' if causal else ''}"
                 found.append(Part(name, tuple(_attention(dtype, head_dim, causal)), ("flash", "cudnn", "flex")))
+    found.append(Part("few-rows-bfloat16", tuple(_linear("bfloat16", FEW_ROWS)), ("cublas",)))
+    found.append(Part("decode-bfloat16", tuple(_decoding("bfloat16")), ("flash", "cudnn")))
     return tuple(found)
 
 
-def _linear(dtype: str) -> Iterator[KernelCase]:
-    for in_features, out_features, bias in LINEARS:
-        workload = Linear(ROWS, in_features, out_features, bias=bias, dtype=dtype)
-        yield KernelCase(dtype, f"{ROWS}×{in_features}→{out_features}", workload)
+def _linear(dtype: str, every_rows: tuple[int, ...]) -> Iterator[KernelCase]:
+    for rows in every_rows:
+        for in_features, out_features, bias in LINEARS:
+            workload = Linear(rows, in_features, out_features, bias=bias, dtype=dtype)
+            yield KernelCase(dtype, f"{rows}×{in_features}→{out_features}", workload)
+
+
+def _decoding(dtype: str) -> Iterator[KernelCase]:
+    for batch, keys in DECODING:
+        workload = Attention(batch, 32, 1, keys, 128, kv_heads=8, dtype=dtype, layout="bhsd")
+        yield KernelCase(f"{dtype} one query", f"{batch}×32 over {keys}", workload)
 
 
 def _attention(dtype: str, head_dim: int, causal: bool) -> Iterator[KernelCase]:

@@ -3,6 +3,7 @@
 Everything is in one folder, and finished once it is there, so a run that was stopped goes on where it was:
 
     check-OP.json      records of the corner workloads of one operator, default configs
+    check-models.json  small models of each family against the CPU's results
     check-PART.json    default kernels of a benchmark part against the reference and PyTorch; a token of timing
     tuning.jsonl       the journal; tuning.json: the seconds spent
     PART.json          a comparison, with its raw samples
@@ -29,9 +30,10 @@ from attntune.database.record import Status, TuningRecord
 from attntune.engines.comparison import Outcome
 from attntune.engines.cuda_kernel_engines import CUDA_KERNEL_ENGINES, cuda_peaks
 from attntune.engines.cuda_suites import Part
+from attntune.engines.gpu_models import COSINES, MODELS, problems
 from attntune.engines.kernel_comparison import OURS, KernelComparison, KernelOptions, compare_kernels
 from attntune.engines.kernel_engines import KernelEngine
-from attntune.errors import EngineError, TargetError
+from attntune.errors import AttntuneError, EngineError, TargetError
 from attntune.kernel_cache import KernelCache, package_versions, sources_digest
 from attntune.measure.machine import machine_state
 from attntune.measure.runner import Runner
@@ -45,6 +47,7 @@ from attntune.tuner import tune
 
 STEPS = ("check", "tune", "compare")
 _CHECKED_AT_ONCE = 32
+_MODEL_TIMEOUT_SECS = 300.0
 _NOTE_SECS = 2.0
 """Between notes of how long tuning has taken."""
 
@@ -68,6 +71,8 @@ class GpuSettings:
     table: Mapping[str, type[KernelEngine]] = field(default_factory=lambda: CUDA_KERNEL_ENGINES)
     peaks: Callable[[Target], Mapping[str, Any]] = cuda_peaks
     say: Callable[[str], None] = lambda _: None
+    models: Sequence[tuple[str, str]] = tuple((name, precision) for name in MODELS for precision in COSINES)
+    """Whole models to check, each with its precision."""
 
 
 class GpuCheck:
@@ -82,7 +87,7 @@ class GpuCheck:
         ]  # fmt: skip
 
     def check(self) -> Iterator[Path]:
-        """Default configs of every template, by operator, then of the parts; the files as they are finished.
+        """Default configs of every template, by operator; whole models; then the parts; files as they are finished.
 
         A part's kernels are held against the float64 reference and the whole outputs of PyTorch's functions.
         """
@@ -98,6 +103,8 @@ class GpuCheck:
                     runner = runner or stack.enter_context(self.settings.runner())
                     self._check_corners(runner, op, workloads, path, made_from)
                 yield path
+        if self.settings.models:
+            yield self._check_models()
         options = dataclasses.replace(self.settings.options, rounds=1, turn_secs=1e-6, warmup=0, whole=True)
         kernels = self._cache(Database(shipped=False))
         for part in self.settings.parts:
@@ -188,6 +195,29 @@ class GpuCheck:
             "unsupported": unsupported, "records": [record.to_json() for record in records],
         })  # fmt: skip
 
+    def _check_models(self) -> Path:
+        """Each in a process of its own: after a kernel that failed, a process can do no more on the device."""
+        settings, path = self.settings, self.settings.results / "check-models.json"
+        made_from = self._digest([" ".join(each) for each in settings.models])
+        if self._finished(path, made_from):
+            return path
+        rows = []
+        for name, precision in settings.models:
+            settings.say(f"checking {name} in {precision}")
+            try:
+                with settings.process(threads=1) as worker:
+                    arguments = (name, settings.target, precision)
+                    row = worker.call(
+                        "attntune.engines.gpu_models:compared", *arguments, timeout_secs=_MODEL_TIMEOUT_SECS
+                    )
+            except AttntuneError as error:
+                row = {"model": name, "precision": precision, "error": str(error)[-1000:]}
+            rows.append(row)
+        _write(path, {
+            "made_from": made_from, "device": settings.device, "machine": machine_state(settings.target), "models": rows
+        })  # fmt: skip
+        return path
+
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _compared(
@@ -243,6 +273,8 @@ def failures(path: Path) -> list[str]:
         return [
             f"{r.workload} {r.config}: {r.status}: {r.message}" for r in records if r.status is not Status.CORRECT
         ]  # fmt: skip
+    if "models" in known:
+        return problems(known["models"])
     try:
         found = KernelComparison.load(path)
     except EngineError:

@@ -17,9 +17,9 @@ from attntune.target import Target
 if TYPE_CHECKING:
     from attntune.models.model import InputSpec, Model, OpCall
 
-PRECISIONS = ("float32", "bfloat16", "int8", "int4")
+PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4")
 
-#: Operators that can write float32 from bfloat16 operands, as a model's outputs are.
+#: Operators that can write float32 from operands of 16 bits, as a model's outputs are.
 _WIDENING = ("add_positions", "embedding", "layer_norm", "linear", "mean_pool", "rms_norm", "select_rows")
 #: Operators whose last two operands, where they have a ``style``, are cosines and sines: float32 at any precision.
 _ROTATING = ("rope", "kv_append")
@@ -29,14 +29,21 @@ _SCALE = ":scale"
 def supported(precision: str, target: Target) -> tuple[str, str]:
     """The precision that ``target`` can run in place of the one asked for, and why (empty when it is that one).
 
-    bfloat16 needs AVX512-BF16; int8 needs that and AVX512-VNNI, for everything but its linear layers is bfloat16.
-    int4 is float32 but for the weights, and needs nothing.
+    On CPUs bfloat16 needs AVX512-BF16; int8 needs that and AVX512-VNNI, for everything but its linear layers is
+    bfloat16; int4 is float32 but for the weights, and needs nothing; nothing multiplies float16. On CUDA, bfloat16 and
+    float16 are what tensor cores multiply, and quantised weights have no kernels.
 
     Raises:
         ModelError: the precision is unknown.
     """
     if precision not in PRECISIONS:
         raise ModelError(f"unknown precision {precision!r}; expected one of {PRECISIONS}")
+    if target.kind == "cuda":
+        if precision in ("int8", "int4"):
+            return "bfloat16", f"no CUDA template multiplies quantised weights: bfloat16 instead of {precision}"
+        return precision, ""
+    if precision == "float16":
+        return "float32", f"no template multiplies float16 on {target.name}: float32 instead of float16"
     needed = {"float32": (), "int4": (), "bfloat16": ("avx512bf16",), "int8": ("avx512bf16", "avx512vnni")}[precision]
     missing = [feature for feature in needed if not target.has(feature)]
     if missing or (needed and target.vector_bits < 512):
@@ -50,7 +57,8 @@ def supported(precision: str, target: Target) -> tuple[str, str]:
 def at_precision(model: Model, precision: str) -> Model:
     """``model`` with the same entries, inputs and float32 outputs, computed at ``precision``.
 
-    ``bfloat16``: weights and what operators hand on are bfloat16; sums, softmax and normalisation stay float32.
+    ``bfloat16`` and ``float16``: weights and what operators hand on are of that dtype; sums, softmax and normalisation
+    stay float32.
     ``int8``: the same, and weights of linear layers are int8 with one scale an output feature, multiplied with
     activations that the kernels quantise, 64 values of a row at a time.
     ``int4``: float32, but for the weights of linear layers, of 4 bits with a scale and a minimum for 32 values of a
@@ -71,16 +79,23 @@ def at_precision(model: Model, precision: str) -> Model:
         precision=precision,
         weights=_weights(model, precision),
         entries={
-            name: dataclasses.replace(entry, inputs=_narrowed(entry.inputs), outputs=_narrowed(entry.outputs))
+            name: dataclasses.replace(
+                entry, inputs=_narrowed(entry.inputs, precision), outputs=_narrowed(entry.outputs, precision)
+            )
             for name, entry in model.entries.items()
         },
     )
 
 
-def _narrowed(specs: tuple[InputSpec, ...]) -> tuple[InputSpec, ...]:
+def _half(precision: str) -> str:
+    """The dtype of 16 bits in which a precision hands on what it computes."""
+    return "float16" if precision == "float16" else "bfloat16"
+
+
+def _narrowed(specs: tuple[InputSpec, ...], precision: str) -> tuple[InputSpec, ...]:
     """What is carried from call to call has the precision's own dtype."""
     return tuple(
-        dataclasses.replace(spec, dtype="bfloat16") if spec.carried and spec.dtype == "float32" else spec
+        dataclasses.replace(spec, dtype=_half(precision)) if spec.carried and spec.dtype == "float32" else spec
         for spec in specs
     )
 
@@ -98,7 +113,7 @@ def retyped(
     At int4, ``bits`` says which weights are quantised.
 
     Raises:
-        ModelError: naming an operator that makes an output and cannot write float32 from bfloat16.
+        ModelError: naming an operator that makes an output and cannot write float32 from 16 bits.
     """
     if precision == "int4":
         return tuple(int4.retyped(call, bits or {}) for call in calls)
@@ -126,9 +141,9 @@ def _retyped(call: OpCall, precision: str, is_output: bool, is_read: bool, weigh
             f"{precision}: expected output {call.result!r} to be made by one of {_WIDENING} and read by no other "
             f"operator, got {call.op!r}"
         )
-    exact = _exact(call)
+    exact, half = _exact(call), _half(precision)
     dtypes = [
-        "bfloat16" if dtype == "float32" and name not in exact else dtype
+        half if dtype == "float32" and name not in exact else dtype
         for name, dtype in zip(call.args, call.arg_dtypes, strict=True)
     ]
     args, shapes, attrs = list(call.args), list(call.arg_shapes), dict(call.attrs)
@@ -141,9 +156,9 @@ def _retyped(call: OpCall, precision: str, is_output: bool, is_read: bool, weigh
         attrs["out_dtype"] = "float32"
     first, *others = call.result_dtypes
     if first == "float32" and not is_output:
-        first = "bfloat16"
+        first = half
     if call.op == "kv_append":
-        others = ["bfloat16"] * len(others)
+        others = [half] * len(others)
     return dataclasses.replace(
         call, args=tuple(args), arg_shapes=tuple(shapes), arg_dtypes=tuple(dtypes), attrs=attrs,
         result_dtypes=(first, *others),
@@ -171,5 +186,5 @@ def _weights(model: Model, precision: str) -> dict[str, np.ndarray]:
             converted[name], converted[name + _SCALE] = quantize_weight(values)
         else:
             narrows = values.dtype == np.float32 and name not in exact
-            converted[name] = as_dtype(values, "bfloat16") if narrows else values
+            converted[name] = as_dtype(values, _half(precision)) if narrows else values
     return converted

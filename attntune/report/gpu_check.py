@@ -9,6 +9,7 @@ from typing import Any
 
 from attntune.database.record import Status, TuningRecord
 from attntune.engines.comparison import Outcome
+from attntune.engines.gpu_models import problems
 from attntune.engines.kernel_comparison import OURS, KernelComparison
 from attntune.report.benchmarks import kernel_section, table, update_page
 
@@ -28,6 +29,9 @@ def write_page(folder: Path, corners: Sequence[str], parts: Sequence[str]) -> Pa
     defaults = [path for part in parts if (path := folder / f"check-{part}.json").exists()]
     if checked or defaults:
         update_page(page, "checks", _checks(checked, defaults), by=_SCRIPT)
+    models = folder / "check-models.json"
+    if models.exists():
+        update_page(page, "models", _models(json.loads(models.read_text())), by=_SCRIPT)
     for part in parts:
         path = folder / f"{part}.json"
         if path.exists():
@@ -71,6 +75,25 @@ def _checks(corners: Sequence[Path], parts: Sequence[Path]) -> str:
         lines += ["", f"{unsupported} corner workloads have no template for CUDA."]
     if problems:
         lines += ["", "Wrong or failed:", "", *problems]
+    return "\n".join(lines) + "\n"
+
+
+def _models(document: Mapping[str, Any]) -> str:
+    """Whole models against the CPU."""
+    lines = [
+        "## whole models: results of the device against the CPU's in float32", "",
+        f"On {document['device']}. Small models with seeded weights, every entry, generation and beam search.", "",
+    ]  # fmt: skip
+    rows = [
+        [row["model"], row["precision"], "failed", _short(row["error"])]
+        if row.get("error")
+        else [row["model"], row["precision"], f"{row['cosine']:.7f}", "" if row["differing"] else "the same"]
+        for row in document["models"]
+    ]
+    lines += table(["model", "precision", "least cosine of a row", "tokens"], rows)
+    wrong = problems(document["models"])
+    if wrong:
+        lines += ["", "Wrong or failed:", "", *(f"- {_short(line)}" for line in wrong)]
     return "\n".join(lines) + "\n"
 
 

@@ -133,7 +133,7 @@ def open_artifact(path: str | Path) -> Artifact:
 
     Raises:
         ArtifactError: when it is no artifact, is damaged or incomplete, is of a newer format, or needs ISA features
-            that this CPU lacks.
+            that this CPU lacks. Whether a CUDA device runs it is seen when it is loaded on one.
     """
     folder = Path(path)
     try:

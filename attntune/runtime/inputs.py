@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,13 @@ from attntune.runtime.kernel_thread import device_tensors
 
 
 def check_inputs(
-    specs: list[Mapping[str, Any]], inputs: Mapping[str, Any], model: str
-) -> tuple[list[np.ndarray | None], dict[str, int]]:
-    """Inputs as NumPy arrays in the order of ``specs`` (None where left out), and the sizes of symbolic dimensions.
+    specs: list[Mapping[str, Any]], inputs: Mapping[str, Any], model: str, read: Callable[[Any, str], Any] | None = None
+) -> tuple[list[Any], dict[str, int]]:
+    """Inputs as arrays in the order of ``specs`` (None where left out), and the sizes of symbolic dimensions.
 
-    Those that are carried from call to call are not looked at: see :mod:`attntune.runtime.carried`.
+    Those that are carried from call to call are not looked at: see :mod:`attntune.runtime.carried`. ``read`` takes a
+    caller's value and its name; by default it gives a NumPy array. Values on a device are not checked, only their dtype
+    and shape.
 
     Raises:
         InputError: see :meth:`TunedModel.run`.
@@ -29,7 +31,7 @@ def check_inputs(
     if unknown := sorted(set(inputs) - set(names)):
         raise InputError(f"{model}: unknown inputs {unknown}; expected {names}")
     dims: dict[str, int] = {}
-    arrays: list[np.ndarray | None] = []
+    arrays: list[Any] = []
     for spec in specs:
         name = spec["name"]
         value = inputs.get(name)
@@ -43,7 +45,7 @@ def check_inputs(
                 raise InputError(f"{model}: missing input {name!r}; expected {describe(spec)}")
             arrays.append(None)
             continue
-        array = _as_numpy(value, name)
+        array = (read or as_numpy)(value, name)
         wanted = numpy_dtype(spec["dtype"])
         fits = np.issubdtype(array.dtype, np.integer) if wanted.kind == "i" else array.dtype == wanted
         if wanted.kind == "i" and array.dtype == np.bool_:
@@ -61,7 +63,8 @@ def check_inputs(
                 )
             if size == 0:
                 raise InputError(f"{model}: input {name!r} has shape {array.shape}; expected no empty axis")
-        if spec["upper"] is not None and (int(array.min()) < 0 or int(array.max()) >= spec["upper"]):
+        looked_at = isinstance(array, np.ndarray) and spec["upper"] is not None
+        if looked_at and (int(array.min()) < 0 or int(array.max()) >= spec["upper"]):
             raise InputError(
                 f"{model}: input {name!r} holds values from {array.min()} to {array.max()}; "
                 f"expected them in [0, {spec['upper']})"
@@ -75,7 +78,8 @@ def describe(spec: Mapping[str, Any]) -> str:
     return f"{spec['dtype']} ({', '.join(map(str, spec['dims']))})"
 
 
-def _as_numpy(value: Any, name: str) -> np.ndarray:
+def as_numpy(value: Any, name: str) -> np.ndarray:
+    """A caller's value as a NumPy array; raises :class:`InputError` where it is none."""
     if type(value).__module__.split(".")[0] == "torch":
         if value.device.type != "cpu":
             raise InputError(f"input {name!r} is on {value.device}; expected a CPU tensor")
@@ -127,19 +131,34 @@ def fit(
     refuses read-only memory); else copied into ``padded``, with zeros past them.
     """
     rows = array if array is None or spec["dims"][0] != "batch" else array[piece.start : piece.stop]
-    whole = padded.array.shape
-    if rows is not None and rows.shape == whole:
-        if rows.ctypes.data % ALIGNMENT == 0 and rows.flags.c_contiguous and rows.flags.writeable:
-            return device_tensors([rows])[0]
-        np.copyto(padded.array, rows)
-        return padded.tensor
-    inside = tuple(
-        slice(piece.stop - piece.start if dim == "batch" else dims[dim] if isinstance(dim, str) else dim)
+    if rows is not None and rows.shape == padded.array.shape and in_place(rows):
+        return device_tensors([rows])[0]
+    lay_out(rows, spec, piece, dims, padded.array)
+    return padded.tensor
+
+
+def in_place(array: np.ndarray) -> bool:
+    """Whether kernels may read an array where it lies."""
+    return bool(array.ctypes.data % ALIGNMENT == 0 and array.flags.c_contiguous and array.flags.writeable)
+
+
+def lay_out(
+    rows: np.ndarray | None, spec: Mapping[str, Any], piece: Piece, dims: Mapping[str, int], out: np.ndarray
+) -> None:
+    """Fill ``out``, of a bucket's shape, with rows, or the value that stands for what was left out; zeros past them."""
+    if rows is not None and rows.shape == out.shape:
+        np.copyto(out, rows)
+        return
+    out.fill(0)
+    out[inside(spec, piece, dims)] = spec["fill"] if rows is None else rows
+
+
+def inside(spec: Mapping[str, Any], piece: Piece, dims: Mapping[str, int]) -> tuple[slice, ...]:
+    """Where in a bucket's input or output the caller's part of it is."""
+    return tuple(
+        slice(0, piece.stop - piece.start if dim == "batch" else dims[dim] if isinstance(dim, str) else dim)
         for dim in spec["dims"]
     )
-    padded.array.fill(0)
-    padded.array[inside] = spec["fill"] if rows is None else rows
-    return padded.tensor
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:

@@ -196,7 +196,9 @@ class Sequences:
             if name not in self._entries["decode"]["updates"]:
                 continue
             array = self._state[name]
-            if "context" in spec["dims"]:
+            if not isinstance(array, np.ndarray):
+                self._tuned.permute(array, parents)
+            elif "context" in spec["dims"]:
                 assert list(spec["dims"][:2]) == ["batch", "context"], spec
                 array[: self.rows, :written] = array[parents, :written]
             else:

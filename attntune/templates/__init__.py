@@ -24,10 +24,13 @@ from attntune.templates.cpu.rms_norm import RMSNormCPU
 from attntune.templates.cpu.softmax import SoftmaxCPU
 from attntune.templates.cpu.top_k import ArgMaxCPU, TopKCPU
 from attntune.templates.cuda.attention import AttentionCUDA
+from attntune.templates.cuda.attention_decode import AttentionDecodeCUDA
 from attntune.templates.cuda.attention_hopper import AttentionHopper
 from attntune.templates.cuda.generic import GenericCUDA
+from attntune.templates.cuda.kv_append import KVAppendCUDA
 from attntune.templates.cuda.linear import LinearCUDA
 from attntune.templates.cuda.linear_hopper import LinearHopper
+from attntune.templates.cuda.linear_split import LinearSplitCUDA
 from attntune.templates.cuda.rows import EmbeddingNormCUDA, LayerNormCUDA, RMSNormCUDA, SoftmaxCUDA
 from attntune.templates.template import Packing, ScheduleTemplate
 
@@ -58,10 +61,13 @@ REGISTRY: tuple[ScheduleTemplate, ...] = (
     TopKCPU(),
     UnfoldCPU(),
     AttentionHopper(),
+    AttentionDecodeCUDA(),
     AttentionCUDA(),
     EmbeddingNormCUDA(),
+    KVAppendCUDA(),
     LayerNormCUDA(),
     LinearHopper(),
+    LinearSplitCUDA(),
     LinearCUDA(),
     RMSNormCUDA(),
     SoftmaxCUDA(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
+import os
 import re
 import subprocess
 import tempfile
@@ -29,6 +30,8 @@ _DRIVER_FUNCTIONS = (
     "cuModuleGetFunction", "cuModuleLoadData", "cuModuleUnload", "cuTensorMapEncodeTiled",
 )  # fmt: skip
 _NO_DEVICE = 100
+#: TVM's switch for modules that hold what is compiled where they are loaded.
+_AS_SOURCE = "TVM_COMPILE_FORCE_FALLBACK"
 _LAUNCH = re.compile(r'T\.call_ffi_kernel\("(\w+)", (.*?), launch_params=\[(.*?)\]')
 
 
@@ -37,7 +40,7 @@ class CudaBuild:
     """What the building of one module showed."""
 
     target: Target
-    ptx: bool = False
+    code: str = "cubin"
     sources: list[Compiled] = dataclasses.field(default_factory=list)
     launches: dict[str, Launch] = dataclasses.field(default_factory=dict)
 
@@ -69,18 +72,23 @@ _building: ContextVar[CudaBuild | None] = ContextVar("building", default=None)
 
 
 @contextmanager
-def building(target: Target, *, ptx: bool = False) -> Iterator[CudaBuild]:
+def building(target: Target, *, code: str = "cubin") -> Iterator[CudaBuild]:
     """While a module is compiled for ``target``: every CUDA source that TVM writes passes through nvcc.
 
-    The modules carry cubins, or PTX where ``ptx`` says so; CUDA source where TVM's CUDA runtime cannot be loaded.
+    The modules carry cubins or PTX, as ``code`` says; CUDA source where that is asked for, or where TVM's CUDA runtime
+    cannot be loaded.
     """
     load_cuda_runtime()
     _register_callback()
-    build = CudaBuild(target, ptx)
+    build = CudaBuild(target, code)
     token = _building.set(build)
+    os.environ.pop(_AS_SOURCE, None)  # TVM offers no other way to say so, and no one else's choice counts here
+    if code == "source":
+        os.environ[_AS_SOURCE] = "1"
     try:
         yield build
     finally:
+        os.environ.pop(_AS_SOURCE, None)
         _building.reset(token)
 
 
@@ -132,7 +140,7 @@ def _register_callback() -> None:
         build = _building.get()
         if build is None:
             raise CompileError("expected CUDA modules to be built through attntune.templates.lowering.build")
-        compiled = compile_source(code, build.target, ptx=build.ptx)
+        compiled = compile_source(code, build.target, ptx=build.code == "ptx")
         build.sources.append(compiled)
         return compiled.binary
 

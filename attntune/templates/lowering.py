@@ -22,13 +22,14 @@ def build(module: Any, target: Target) -> Any:
     return build_with_resources(module, target)[0]
 
 
-def build_with_resources(module: Any, target: Target, *, ptx: bool = False) -> tuple[Any, dict[str, Any]]:
+def build_with_resources(module: Any, target: Target, *, code: str = "cubin") -> tuple[Any, dict[str, Any]]:
     """As :func:`build`; and for CUDA what each kernel takes of an SM, by name (empty for CPUs).
 
     Args:
         module: see :func:`build`.
         target: see :func:`build`.
-        ptx: for CUDA, whether the executable carries PTX, which newer GPUs run too, and not a cubin.
+        code: for CUDA, what the executable carries: ``"cubin"``; ``"ptx"``, which the driver assembles as it is loaded,
+            also for newer GPUs; or ``"source"``, which takes nvcc to load.
     """
     import tvm
 
@@ -45,7 +46,7 @@ def build_with_resources(module: Any, target: Target, *, ptx: bool = False) -> t
     from attntune.templates import cuda_lowering
     from attntune.templates.nvcc import as_json
 
-    with cuda_lowering.building(target, ptx=ptx) as cuda:
+    with cuda_lowering.building(target, code=code) as cuda:
         context = tvm.transform.PassContext(opt_level=3, instruments=[cuda_lowering.launch_watcher(cuda)])
         with tvm_target, context:
             executable = tvm.compile(module, target=tvm_target, relax_pipeline=_relax_pipeline())
@@ -102,11 +103,11 @@ def _without_parameter_checks(module: Any, _context: Any) -> Any:
     return module
 
 
-def export(module: Any, target: Target, path: Path) -> dict[str, Any]:
+def export(module: Any, target: Target, path: Path, *, code: str = "cubin") -> dict[str, Any]:
     """Compile ``module`` and write it as a shared library with a function ``main(*inputs, *outputs)``.
 
-    Returns what its kernels take of an SM (see :func:`build_with_resources`).
+    Returns what its kernels take of an SM (see :func:`build_with_resources`, also for ``code``).
     """
-    executable, resources = build_with_resources(module, target)
+    executable, resources = build_with_resources(module, target, code=code)
     executable.export_library(str(path))
     return resources

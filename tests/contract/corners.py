@@ -279,7 +279,24 @@ HOPPER_ATTENTIONS = (
     Attention(1, 2, 40, 4, 64, causal=True, causal_offset=-3, dtype="bfloat16"),
 )
 
-TENSOR_CORES = (LINEARS, ATTENTIONS, HOPPER_LINEARS, HOPPER_ATTENTIONS)
+#: Few rows of many in_features: what is split between blocks, in parts that are not equally long; every epilogue.
+FEW_ROWS = (
+    Linear(1, 1024, 40, dtype="bfloat16", bias=False),
+    Linear(17, 648, 75, dtype="float16", activation="gelu", residual=True),
+    Linear(5, 520, 64, dtype="bfloat16", gated=True, activation="silu", out_dtype="float32"),
+    Linear(36, 512, 40, dtype="float16", activation="relu", seq=12),
+)
+
+#: Few queries over many keys: grouped heads, lengths of a cache with rows without keys, windows, biases, odd sizes.
+DECODING = (
+    Attention(2, 4, 1, 300, 64, kv_heads=2, lengths="kv", dtype="bfloat16"),
+    Attention(3, 6, 3, 131, 32, kv_heads=2, layout="bhsd", lengths="kv", causal=True, alibi=True, window=70,
+              dtype="float16"),
+    Attention(1, 12, 4, 200, 48, kv_heads=1, causal=True, causal_offset=190, dtype="bfloat16"),
+    Attention(2, 2, 1, 160, 32, mask=True, softcap=3.0, bias_batch=2, bias_heads=1, dtype="float16"),
+)  # fmt: skip
+
+TENSOR_CORES = (LINEARS, ATTENTIONS, HOPPER_LINEARS, HOPPER_ATTENTIONS, FEW_ROWS, DECODING)
 
 
 def on_cuda() -> tuple[Workload, ...]:

@@ -57,6 +57,7 @@ def settings(emulation_folder, tmp_path_factory):
         yield GpuSettings(
             dataclasses.replace(PRESETS["sm_86"], cores=1), "an emulated device", results, [PART], corners,
             lambda: LentRunner(runner), QUICK, kernels, process, table, lambda _: PEAKS,
+            models=(),
         )  # fmt: skip
     EmulatedRunner.folder = ""
     sys.path.remove(HELPERS)
@@ -116,6 +117,26 @@ def test_default_kernels_are_checked(ran):
     apart = {result.engine: result.max_rel_difference for result in found.results}
     assert apart["attntune"] is None
     assert 0 < apart["cublas"] < 0.01
+
+
+@needs_nvcc
+def test_whole_models_are_checked(settings, tmp_path):
+    models = (("llama", "float16"), ("t5", "float16"))
+    target = dataclasses.replace(PRESETS["sm_90a"], cores=1)  # as the emulated device calls itself
+    alone = dataclasses.replace(
+        settings, target=target, results=tmp_path, corners=[], parts=[], models=models, runner=no_more
+    )  # fmt: skip
+    (path,) = GpuCheck(alone).check()
+    found, _ = json.loads(path.read_text())["models"]
+    assert found["cosine"] > 0.999
+    assert found["differing"] == []
+    (line,) = failures(path)
+    assert "t5 float16: unknown model 't5'; expected one of ['bert', 'llama', 'whisper']" in line
+    page = write_page(tmp_path, [], []).read_text()
+    assert "| llama | float16 | 0.99" in page
+    assert "| t5 | float16 | failed |" in page
+    again = dataclasses.replace(alone, process=no_more)
+    assert list(GpuCheck(again).check()) == [path]
 
 
 @needs_nvcc
@@ -185,7 +206,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 def test_parts_are_what_is_to_be_judged():
     found = {part.name: part for part in parts()}
-    assert len(found) == 10
+    assert len(found) == 12
     workloads = [case.workload for case in found["attention-bfloat16-128-causal"].cases]
     assert {w.batch * w.q_len for w in workloads} == {16384}
     assert {w.heads * w.head_dim for w in workloads} == {2048}

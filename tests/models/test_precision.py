@@ -90,7 +90,8 @@ def test_tuning_a_workload_takes_no_precision():
 
 def test_only_known_precisions():
     with pytest.raises(
-        ModelError, match=r"unknown precision 'float8'; expected one of \('float32', 'bfloat16', 'int8', 'int4'\)"
+        ModelError,
+        match=r"unknown precision 'float8'; expected one of \('float32', 'bfloat16', 'float16', 'int8', 'int4'\)",
     ):
         supported("float8", PRESETS["znver4"])
     model = at_precision(tiny_bert(), "bfloat16")

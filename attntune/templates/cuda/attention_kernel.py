@@ -35,6 +35,8 @@ class AttentionKernel:
         self.bq = self.warps * self.tiles * 16
         self.dim = w.head_dim
         self.row = padded_dim(w.head_dim)
+        #: Rows of queries that a block's head has.
+        self.q_rows = w.q_len
         self.q_blocks = -(-w.q_len // self.bq)
         self.modify = w.modification() if w.score_mod else None
         #: Whether scores are more than scaled products.
@@ -154,7 +156,7 @@ class AttentionKernel:
         from tvm.tirx.script.builder import ir as T
 
         chunks = self.dim // CHUNK
-        limit = self.w.q_len if name == "query" else self.w.kv_len
+        limit = self.q_rows if name == "query" else self.w.kv_len
         count = height * chunks
         for i in range(-(-count // self.threads)):
             at = self.thread + i * self.threads

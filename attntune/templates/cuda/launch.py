@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from attntune.ops.workload import Workload
 
+Body = Callable[[dict[str, Any], list[Any], Any], None]
+"""Writes a kernel, given the operands by name, the block's indices as ordered in its grid, and the thread."""
 
-def kernel(
-    w: Workload, grid: Sequence[int], threads: int, body: Callable[[dict[str, Any], list[Any], Any], None]
-) -> Any:
-    """A ``PrimFunc`` ``main`` over the inputs and outputs of ``w`` that launches one kernel.
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel."""
+
+    grid: Sequence[int]
+    """Blocks along x, then along y, then along z."""
+    threads: int
+    """Of a block."""
+    body: Body
+
+
+def kernel(w: Workload, grid: Sequence[int], threads: int, body: Body) -> Any:
+    """A ``PrimFunc`` ``main`` over the inputs and fresh outputs of ``w`` that launches one kernel."""
+    return kernels(w, {}, [Launch(grid, threads, body)])
+
+
+def kernels(w: Workload, scratch: Mapping[str, tuple[int, ...]], launches: Sequence[Launch]) -> Any:
+    """A ``PrimFunc`` ``main`` over the inputs and fresh outputs of ``w`` that launches kernels one after another.
 
     Args:
         w: names, shapes and dtypes of the arguments.
-        grid: blocks along x, then along y.
-        threads: of a block.
-        body: writes the kernel, given the operands by name, the block's indices as ordered in ``grid``, and the thread.
+        scratch: shapes of float32 buffers in device memory by name, for what one kernel leaves for the next; among the
+            operands that a body is given.
+        launches: the kernels.
     """
     from tvm.script.ir_builder import IRBuilder
     from tvm.tirx.script.builder import ir as T
@@ -26,15 +44,18 @@ def kernel(
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("main")
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-        specs = (*w.inputs(), *w.outputs())
+        specs = (*w.inputs(), *w.fresh())
         operand = {spec.name: T.arg(spec.name, T.buffer(spec.shape, spec.dtype)) for spec in specs}
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(T.sblock("root"))
-            axes = list(zip(("blockIdx.x", "blockIdx.y"), grid, strict=False))
-            blocks = [stack.enter_context(T.launch_thread(name, extent)) for name, extent in reversed(axes)]
-            thread = stack.enter_context(T.launch_thread("threadIdx.x", threads))
-            stack.enter_context(T.sblock("kernel"))
-            T.reads()
-            T.writes()
-            body(operand, blocks[::-1], thread)
+        with T.sblock("root"):
+            for name, shape in scratch.items():
+                operand[name] = T.sblock_alloc_buffer(shape, "float32", scope="global")
+            for number, launch in enumerate(launches):
+                with contextlib.ExitStack() as stack:
+                    axes = list(zip(("blockIdx.x", "blockIdx.y", "blockIdx.z"), launch.grid, strict=False))
+                    blocks = [stack.enter_context(T.launch_thread(name, extent)) for name, extent in reversed(axes)]
+                    thread = stack.enter_context(T.launch_thread("threadIdx.x", launch.threads))
+                    stack.enter_context(T.sblock(f"kernel_{number}" if number else "kernel"))
+                    T.reads()
+                    T.writes()
+                    launch.body(operand, blocks[::-1], thread)
     return builder.get()

@@ -42,7 +42,7 @@ class LinearCUDA(ScheduleTemplate):
     def supports(self, workload: Workload, target: Target) -> bool:
         """Whether the target has the instructions, and rows of the operands begin at multiples of 16 bytes."""
         w = _linear(workload)
-        half = w.dtype in ("float16", "bfloat16") and not w.quantized
+        half = w.dtype in ("float16", "bfloat16") and not w.quantized and not w.grouped
         return half and w.in_features % CHUNK == 0 and target.has("mma.sync", "ldmatrix", "cp.async")
 
     def space(self, workload: Workload, target: Target) -> ConfigSpace:

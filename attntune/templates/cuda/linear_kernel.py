@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 from attntune.ops.linear import Linear
+from attntune.ops.padding import before_end
 from attntune.search.space import Config
 from attntune.templates.cuda.intrinsics import call
 from attntune.templates.cuda.launch import kernel
@@ -209,4 +210,4 @@ class LinearKernel:
             # Past the last column of an odd number, any value will do: it is not stored.
             at = column + e if w.out_features % 2 == 0 else (column + e) % w.out_features
             value = value + self.operand["residual"][row, at].astype("float32")
-        return value
+        return before_end(value, row, w.seq, self.operand["lengths"]) if w.seq else value
