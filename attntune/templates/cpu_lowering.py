@@ -19,9 +19,9 @@ PIPELINE = "attntune_cpu"
 
 #: A buffer with this annotation is left to LLVM as a stack slot.
 _ON_STACK = "disable_lower_builtin"
-#: Bytes of the smallest and the largest buffer of scope ``local`` that go to the stack. A tile of sums is more than one
-#: vector and less than a register file. A single vector is stored whole to be read by element; where LLVM sees through
-#: that, it takes minutes to simplify a maximum over lanes.
+#: Bytes of the smallest and the largest buffer of scope ``local`` that go to the stack; single elements go as well. A
+#: tile of sums is more than one vector and less than a register file. A single vector is stored whole to be read by
+#: element; where LLVM sees through that, it takes long to simplify a maximum over lanes.
 _SMALLEST, _LARGEST = 65, 16 * 1024
 
 
@@ -76,4 +76,5 @@ def _fits(buffer: Any) -> bool:
     extents = [int(extent) for extent in buffer.shape if isinstance(extent, tirx.IntImm)]
     if buffer.scope() != "local" or len(extents) < len(buffer.shape):
         return False
-    return _SMALLEST <= math.prod(extents) * dtype_bits(str(buffer.dtype)) // 8 <= _LARGEST
+    elements = math.prod(extents)
+    return elements == 1 or _SMALLEST <= elements * dtype_bits(str(buffer.dtype)) // 8 <= _LARGEST

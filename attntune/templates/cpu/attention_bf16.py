@@ -19,6 +19,9 @@ the best config tried at each length, beside PyTorch's bfloat16 SDPA in a proces
     causal, PyTorch  41    54    59    69    70    95   127
     causal, best    191   300   302   323   367   361   362
 
+On Emerald Rapids, whose multiply-adds are four times as fast as its products of pairs, the float32 kernel on widened
+operands takes 1.23 to 1.38 times less (``widen``; 128 to 2048 keys, heads of 32 and 64).
+
 Without its softmax a kernel at 512 is 10 % faster, without the exponential 5 %, without pairing values 5 %.
 """
 

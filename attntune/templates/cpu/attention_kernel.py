@@ -102,30 +102,34 @@ class AttentionKernel:
 
         w, total = self.w, self.whole_vectors
         # Vectors are shared out evenly: no block is left with one that fills no tile.
-        start = T.bind(block * total // self.blocks)
+        start = self._known(block * total // self.blocks)
         if total % self.blocks:
-            count = T.bind((block + 1) * total // self.blocks - start)
+            count = self._known((block + 1) * total // self.blocks - start)
             counts = {total // self.blocks, total // self.blocks + 1}
         else:
             count = total // self.blocks
             counts = {count}
-        first = T.bind(start * self.lanes)
+        first = self._known(start * self.lanes)
         self.counts = counts
-        length = T.bind(self.operand["lengths"][b]) if w.lengths else w.kv_len
+        length = self._known(self.operand["lengths"][b]) if w.lengths else w.kv_len
         if w.lengths == "qkv":
-            rows = T.bind(T.min(count * self.lanes, w.q_len - first)) if w.q_len % self.lanes else count * self.lanes
-            queries = T.bind(T.max(T.min(rows, length - first), 0))
-            count = T.bind((queries + (self.lanes - 1)) // self.lanes)
+            rows = (
+                self._known(T.min(count * self.lanes, w.q_len - first)) if w.q_len % self.lanes else count * self.lanes
+            )
+            queries = self._known(T.max(T.min(rows, length - first), 0))
+            count = self._known((queries + (self.lanes - 1)) // self.lanes)
             self.counts = set(range(self.block_vectors + 1))
         else:
-            queries = T.bind(T.min(count * self.lanes, w.q_len - first)) if w.q_len % self.lanes else count * self.lanes
+            queries = (
+                self._known(T.min(count * self.lanes, w.q_len - first)) if w.q_len % self.lanes else count * self.lanes
+            )
         offset = w.causal_offset
         if w.lengths == "kv":
-            offset = T.bind(length + (w.causal_offset - w.q_len))
+            offset = self._known(length + (w.causal_offset - w.q_len))
         self._place(b, h, first, queries, count, length, offset, 0)
         self._block()
         if w.lengths == "qkv":
-            with T.serial(T.bind(rows - queries)) as i:
+            with T.serial(self._known(rows - queries)) as i:
                 self._zero_row(queries + i)
 
     def _ragged_block(self, h: Any, block: Any) -> None:
@@ -141,21 +145,21 @@ class AttentionKernel:
             T.buffer_store(found, tirx.const(0, "int32"), [at])
         T.buffer_store(found, block, [4])
         with T.serial(w.batch + 1) as b:
-            start = T.bind(tirx.Select(b < w.batch, offsets[T.min(b, w.batch)], offsets[w.batch]))
-            end = T.bind(tirx.Select(b < w.batch, offsets[T.min(b + 1, w.batch)], tirx.const(w.q_len, "int32")))
-            blocks = T.bind((end - start + (size - 1)) // size)
+            start = self._known(tirx.Select(b < w.batch, offsets[T.min(b, w.batch)], offsets[w.batch]))
+            end = self._known(tirx.Select(b < w.batch, offsets[T.min(b + 1, w.batch)], tirx.const(w.q_len, "int32")))
+            blocks = self._known((end - start + (size - 1)) // size)
             with T.If(tirx.all(found[4] >= 0, found[4] < blocks)), T.Then():
                 for at, value in enumerate((b, start, end, found[4])):
                     T.buffer_store(found, value, [at])
             T.buffer_store(found, found[4] - blocks, [4])
-        b, row, end, within = (T.bind(found[at]) for at in range(4))
-        first = T.bind(within * size)
-        rows = T.bind(T.max(T.min(end - row - first, size), 0))
+        b, row, end, within = (self._known(found[at]) for at in range(4))
+        first = self._known(within * size)
+        rows = self._known(T.max(T.min(end - row - first, size), 0))
         with T.If(b < w.batch):
             with T.Then():
                 self.counts = set(range(self.block_vectors + 1))
-                count = T.bind((rows + (self.lanes - 1)) // self.lanes)
-                self._place(b, h, first, rows, count, T.bind(end - row), 0, row)
+                count = self._known((rows + (self.lanes - 1)) // self.lanes)
+                self._place(b, h, first, rows, count, self._known(end - row), 0, row)
                 self._block()
             with T.Else():
                 self._place(0, h, first, 0, 0, 0, 0, row)
@@ -214,19 +218,19 @@ class AttentionKernel:
             v.store(self.top, [g * lanes], v.splat(FLOOR))
             v.store(self.total, [g * lanes], v.splat(0.0))
         low, high = self._seen(0, self.queries)
-        low, high = T.bind(low) if w.window else low, T.bind(high) if w.causal else high
+        low, high = self._known(low) if w.window else low, self._known(high) if w.causal else high
         one_pass = self.key_block >= w.kv_len
         if one_pass:
-            keys = T.bind(T.max(high - low, 0)) if w.causal else high
+            keys = self._known(T.max(high - low, 0)) if w.causal else high
             self._key_block(low, keys, first=True)
         else:
             with T.serial(self.count * lanes) as i:
                 for e in range(self.dim_vectors):
                     v.store(self.out, [i, e * lanes], v.splat(0.0))
             with T.serial((T.max(high - low, 0) + (self.key_block - 1)) // self.key_block) as kb:
-                start = T.bind(low + kb * self.key_block)
+                start = self._known(low + kb * self.key_block)
                 exact = isinstance(high, int) and high % self.key_block == 0
-                keys = self.key_block if exact else T.bind(T.min(self.key_block, high - start))
+                keys = self.key_block if exact else self._known(T.min(self.key_block, high - start))
                 self._key_block(start, keys, first=False)
         self._finish()
         if w.weights:
@@ -291,7 +295,7 @@ class AttentionKernel:
                     self._group(self.count // whole * whole, left, first)
         with T.serial((self.queries + (self.out_rows - 1)) // self.out_rows) as t:
             low, high = self._within(t * self.out_rows, self.out_rows)
-            low, high = (x if isinstance(x, int) else T.bind(x) for x in (low, high))
+            low, high = (x if isinstance(x, int) else self._known(x) for x in (low, high))
             for e in range(0, self.dim_vectors, self.dims_held):
                 dims = range(e, min(e + self.dims_held, self.dim_vectors))
                 self._out_tile(low, high, t, dims, first)
@@ -336,15 +340,13 @@ class AttentionKernel:
             T.buffer_store(self.terms, self.terms[self.keys - 1], [self.keys + j])
 
     def _known(self, value: Any) -> Any:
-        """An int32 ``value`` computed once; bounds of a window go through memory.
+        """An int32 ``value`` computed once, and kept where TVM's simplifier cannot see it.
 
-        TVM's simplifier expands nested names: with a window's bounds among them that took minutes, while kept in
-        memory, where it cannot see them, all bounds would cost other kernels 5 to 31 %.
+        It expands nested names: with the bounds of padded sequences or of windows among them that took minutes. LLVM
+        sees through the cell, which is on the stack.
         """
         from tvm.tirx.script.builder import ir as T
 
-        if not self.w.window:
-            return T.bind(value)
         cell = T.sblock_alloc_buffer((1,), "int32", scope="local")
         T.buffer_store(cell, value, [0])
         return cell[0]
