@@ -14,7 +14,7 @@ Loop nest, outermost first:
 
 A tile of few rows (decoding) has too few accumulators to hide an addition's latency: ``chains`` sums run side by side.
 Its panels may lie ``apart``, each in a part of the weight of its own, so that memory is read in several long streams.
-With int8 weights, x is quantised first, all cores sharing its rows. In bfloat16, where the CPU multiplies float32 faster
+With int8 weights, x is quantised first, all cores sharing its rows. In bfloat16, where a CPU multiplies float32 faster
 than pairs (``widen``), x is made float32 first, and a column's panels before its tiles.
 Weights quantised by groups are unpacked in registers as they are multiplied, or (``unpack``) once a column of tiles
 into float32 panels in the second-level cache, which pays from some rows on. Sums of the elements of x, by group, come
