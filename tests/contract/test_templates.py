@@ -213,7 +213,7 @@ def test_an_operator_without_a_template_gets_the_generic_one(monkeypatch):
     assert template_for(ROWS["softmax"].workloads[0], TARGET) is GENERIC["cpu"]
 
 
-@pytest.mark.parametrize("op", ["gru_sequence", "kv_append"])
+@pytest.mark.parametrize("op", ["gru_sequence", "lstm_sequence"])
 def test_an_operator_that_a_kind_of_target_cannot_schedule_is_refused(op):
     with pytest.raises(TargetError, match=f"no template schedules '{op}' for a target of kind 'cuda'"):
         template_for(ROWS[op].workloads[0], PRESETS["sm_80"])
