@@ -33,7 +33,7 @@ from attntune.errors import AttntuneError, InputError
 from attntune.kernel_cache import KernelCache
 from attntune.models import from_pretrained
 from attntune.models.audio import log_mel, read_wav
-from attntune.models.precision import PRECISIONS
+from attntune.models.precision import PRECISIONS, supported
 from attntune.report.benchmarks import (
     encoder_section,
     generation_section,
@@ -142,7 +142,7 @@ def run_generation(folder: Path, target: Target, database: Database, options: ar
     ids = tokenizer.encode(" ".join(text.split()), add_special_tokens=False).ids
     with tempfile.TemporaryDirectory() as scratch:
         artifacts = {}
-        for precision in PRECISIONS:
+        for precision in (name for name in PRECISIONS if supported(name, target)[0] == name):
             say(f"compiling {precision}")
             artifact = compile(
                 model, target=target, database=database, entries=["prefill", "decode"], precision=precision,
@@ -162,7 +162,7 @@ def run_transcription(folder: Path, target: Target, database: Database, options:
     model = from_pretrained(path)
     with tempfile.TemporaryDirectory() as scratch:
         artifacts = {}
-        for precision in PRECISIONS:
+        for precision in (name for name in PRECISIONS if supported(name, target)[0] == name):
             say(f"compiling {precision}")
             artifact = compile(model, target=target, database=database, precision=precision)
             artifacts[precision] = str(artifact.save(Path(scratch) / f"{precision}.attn"))

@@ -43,6 +43,7 @@ class Parity:
 #: that of all-MiniLM-L6-v2 at int4, of 8×128 random tokens, by 54 % (cosine 0.954).
 PARITY: Mapping[str, Parity] = {
     FLOAT32: Parity(max_abs_error=1e-4),
+    "float16": Parity(min_cosine=0.999, max_norm_error=0.25),
     "bfloat16": Parity(min_cosine=0.999, max_norm_error=0.25),
     "int8": Parity(min_cosine=0.99, max_norm_error=0.25),
     "int4": Parity(min_cosine=0.95, max_norm_error=0.75),

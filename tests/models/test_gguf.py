@@ -283,7 +283,7 @@ def test_smollm2_at_4_bits_is_the_file_itself(smollm2_in_chunks):
     assert written == logits[len(ids) - 1 : -1].argmax(-1).tolist()
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 0.02), ("int8", 0.02), ("int4", 1e-4)])
+@pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 0.02), ("int8", 0.02)])
 def test_smollm2s_perplexity_at_lower_precisions(smollm2, precision, bound):
     from tokenizers import Tokenizer
 
