@@ -6,12 +6,13 @@ panel that holds the same ``group`` values for each of ``lanes`` columns.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
 
-from attntune.ops.grouped import GROUPED
+from attntune.ops.grouped import GROUPED, WEIGHT_GROUP
 from attntune.ops.linear import Linear
 from attntune.target import Target
 from attntune.templates.cpu import bf16
@@ -35,6 +36,10 @@ class Arithmetic(ABC):
     @abstractmethod
     def supports(self, w: Linear, target: Target) -> bool:
         """Whether it computes this workload with the instructions ``target`` has."""
+
+    def steps(self, w: Linear) -> int:
+        """Vectors of a panel."""
+        return math.ceil(w.in_features / self.group)
 
     @abstractmethod
     def multiply_add(self, acc: Any, x: Any, weight: Any) -> Any:
@@ -128,6 +133,10 @@ class Grouped(Arithmetic):
     def supports(self, w: Linear, target: Target) -> bool:
         """See :class:`Arithmetic`."""
         return w.weight_dtype == self.dtype
+
+    def steps(self, w: Linear) -> int:
+        """See :class:`Arithmetic`; whole groups of the weight's scales."""
+        return w.weight_groups * (WEIGHT_GROUP // self.group)
 
     def multiply_add(self, acc: Any, x: Any, weight: Any) -> Any:
         """``acc + x · weight``, of one element that :meth:`unpacked` gave."""

@@ -57,7 +57,7 @@ class AttentionBf16CPU(AttentionCPU):
         Where float32 is multiplied faster than pairs, as the float32 template would have it.
         """
         w = _attention(workload)
-        if target.fmas_per_cycle > 2 * target.bf16_dots_per_cycle:
+        if bf16.slower_than_float32(target):
             return super().default(workload, target).replace(widen=True)
         query_vectors = math.ceil(w.q_len / target.lanes("float32"))
         keys = w.kv_len if w.kv_len <= 512 else 128 if w.kv_len % 128 else 512

@@ -53,8 +53,12 @@ from attntune.ops.linear import Linear
 from attntune.ops.workload import TensorSpec, Workload
 from attntune.search.space import Config, ConfigSpace, Knob
 from attntune.target import Target
+from attntune.templates.cpu import bf16
 from attntune.templates.cpu.arithmetic import Arithmetic, arithmetic_for
-from attntune.templates.cpu.linear_kernel import LinearKernel, reduction_steps
+from attntune.templates.cpu.linear_grouped_kernel import GroupedLinearKernel, UnpackedLinearKernel
+from attntune.templates.cpu.linear_int8_kernel import Int8LinearKernel
+from attntune.templates.cpu.linear_kernel import LinearKernel
+from attntune.templates.cpu.linear_widened_kernel import WidenedLinearKernel
 from attntune.templates.template import Packing, ScheduleTemplate
 
 _ROW_TILES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16)
@@ -150,7 +154,7 @@ class LinearCPU(ScheduleTemplate):
                 unrolling *= 1.1
             streams = _stream_cost(vectors * parts, config) if w.rows <= _FEW_ROWS else 1.0
             order = _row_order_cost(w, config, target)
-            if config.get("widen", False) != (w.rows > _FEW_ROWS and _widens(w, target)):
+            if "widen" in config and config["widen"] != (w.rows > _FEW_ROWS and bf16.slower_than_float32(target)):
                 order *= 2.0
             if bool(config.get("prefetch", 0)) != (target.fmas_per_cycle >= 2):
                 order *= 1.01
@@ -169,7 +173,7 @@ class LinearCPU(ScheduleTemplate):
         arithmetic = _arithmetic(w, target)
         lanes, group, parts = target.lanes("float32"), arithmetic.group, 2 if w.gated else 1
         panels = math.ceil(w.out_features / lanes)
-        steps = reduction_steps(w, arithmetic)
+        steps = arithmetic.steps(w)
 
         def in_panels(values: np.ndarray) -> np.ndarray:
             """(weight_rows, …) → (panels·parts, lanes, …)."""
@@ -209,7 +213,9 @@ class LinearCPU(ScheduleTemplate):
         import tvm
 
         w = _linear(workload)
-        return tvm.IRModule({"main": LinearKernel(w, target, config, _arithmetic(w, target)).function()})
+        packed = {name: packing.spec for name, packing in self.pack(w, target).items()}
+        kernel = _kernel(w, config)(w, target, config, _arithmetic(w, target), packed)
+        return tvm.IRModule({"main": kernel.function()})
 
     def features(self, workload: Workload, target: Target, config: Config) -> dict[str, float]:
         """Knobs, registers in use, footprints per cache level, arithmetic intensity, tail waste and balance."""
@@ -244,6 +250,15 @@ class LinearCPU(ScheduleTemplate):
         }
 
 
+def _kernel(w: Linear, config: Config) -> type[LinearKernel]:
+    """What writes a layer's kernel."""
+    if w.quantized:
+        return Int8LinearKernel
+    if w.grouped:
+        return UnpackedLinearKernel if config["unpack"] else GroupedLinearKernel
+    return WidenedLinearKernel if config.get("widen", False) else LinearKernel
+
+
 def _split(extent: int, size: int) -> list[tuple[int, int]]:
     """Pieces of ``extent`` and how many there are of each: whole ones, and the tail."""
     whole, tail = divmod(extent, size)
@@ -267,14 +282,6 @@ def _row_order_cost(w: Linear, config: Config, target: Target) -> float:
     if not even or block < 8 * config.integer("tile_rows"):
         return 1.03
     return 1.0 + 0.001 * abs(math.log2(block / 128))
-
-
-def _widens(w: Linear, target: Target) -> bool:
-    """Whether multiply-adds of float32 are faster than the instruction that multiplies pairs of bfloat16.
-
-    (Emerald Rapids starts two multiply-adds a cycle but one product of pairs in two: 323 GFLOP/s against 172.)
-    """
-    return w.dtype == "bfloat16" and not w.quantized and target.fmas_per_cycle > 2 * target.bf16_dots_per_cycle
 
 
 def _step_cost(rows: int, vectors: int, chains: int, target: Target) -> float:
