@@ -35,7 +35,8 @@ from attntune.ops.attention import Attention
 from attntune.ops.workload import Workload
 from attntune.search.space import Config, ConfigSpace, Knob
 from attntune.target import Target
-from attntune.templates.cpu.attention_kernel import AttentionKernel, held_dims
+from attntune.templates.cpu.attention_blocks import held_dims
+from attntune.templates.cpu.attention_kernel import AttentionKernel
 from attntune.templates.template import ScheduleTemplate
 
 

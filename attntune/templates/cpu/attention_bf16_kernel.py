@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from attntune.ops.attention import MASKED, Attention
 from attntune.search.space import Config
 from attntune.target import Target
 from attntune.templates.cpu import bf16
+from attntune.templates.cpu.attention_blocks import LOG2_E
 from attntune.templates.cpu.attention_kernel import AttentionKernel
 
-_LOG2_E = math.log2(math.e)
 #: A pair of ones.
 _ONES = 0x3F803F80
 
@@ -73,7 +72,7 @@ class AttentionBf16Kernel(_RoundedResults):
         super().__init__(w, target, config)
         self.pairs = w.head_dim // 2
         self.padded_dim = self.dim_vectors * self.lanes
-        self.factor = w.scaling * (1.0 if self.general else _LOG2_E)
+        self.factor = w.scaling * (1.0 if self.general else LOG2_E)
         plain = not (self.general or self.key_terms or self.pair_terms or w.weights)
         #: Whether scores are scaled where they are exponentiated, which is free.
         self.scaled_late = plain and 2.0**-20 <= self.factor <= 2.0**20

@@ -28,10 +28,10 @@ from attntune.ops.workload import Workload
 from attntune.search.space import Config, ConfigSpace, Knob
 from attntune.target import Target
 from attntune.templates.cpu import bf16
+from attntune.templates.cpu.attention_blocks import LOG2_E
 from attntune.templates.cpu.vectors import Vectors
 from attntune.templates.template import ScheduleTemplate
 
-_LOG2_E = math.log2(math.e)
 #: Queries of one sequence that still count as few, and rows that share a key.
 MAX_QUERIES, MAX_ROWS = 4, 32
 
@@ -121,7 +121,7 @@ class _Decode:
         self.modify = w.modification() if w.score_mod else None
         #: Whether scores are more than scaled products.
         self.general = bool(w.softcap or w.bias_heads or w.alibi or w.score_mod)
-        self.factor = w.scaling * (1.0 if self.general else _LOG2_E)
+        self.factor = w.scaling * (1.0 if self.general else LOG2_E)
 
     def function(self) -> Any:
         """The ``PrimFunc``."""
@@ -316,7 +316,7 @@ class _Decode:
             value = self.p[r, t * lanes + lane]
             if self.general:
                 value = modified(w, value, read, self.modify, self.b, head, i, j)
-                value = value * tirx.const(_LOG2_E, "float32")
+                value = value * tirx.const(LOG2_E, "float32")
             for allowed in conditions(w, read, self.b, i, j):
                 value = tirx.Select(allowed, value, masked)
             T.buffer_store(self.p, tirx.Select(first + lane < self.end, value, masked), [r, t * lanes + lane])
