@@ -116,10 +116,13 @@ def tuning(
         start = time.monotonic()
         forward = model.workloads(dims, "forward")
         summary = tune(forward, target=target, seconds=seconds, database=journal, seed=seed)
+        # The journal lies beside the document, wherever the folder is then.
+        told = {**summary.to_json(), "database": journal.name}
+        del told["resume"]
         runs.append({
             "seed": seed, "secs": time.monotonic() - start, "trials": summary.trials,
             "workloads": len(summary.results), "stopped_by": summary.stopped_by,
-            "default_over_tuned": [r.speedup for r in summary.results if r.speedup], "summary": summary.to_json(),
+            "default_over_tuned": [r.speedup for r in summary.results if r.speedup], "summary": told,
         })  # fmt: skip
         databases[f"seed {seed}"] = Database(journal, shipped=False)
     contenders = {}

@@ -11,3 +11,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 @pytest.fixture(scope="session")
 def emulation_folder(tmp_path_factory):
     return str(tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture(scope="module")
+def emulator(emulation_folder):
+    """A process whose CUDA device is this CPU."""
+    from attntune.measure.worker import IsolatedProcess
+
+    here = Path(__file__).parent
+    with IsolatedProcess(
+        threads=1,
+        plugin_paths=[str(here / "emulation"), str(here.parent / "contract")],
+        preload=[("emulation:install", emulation_folder)],
+    ) as process:
+        yield process

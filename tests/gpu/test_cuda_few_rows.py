@@ -1,13 +1,11 @@
 """CUDA templates for few rows and few queries, split between blocks, and for a key-value cache's append."""
 
 import random
-from pathlib import Path
 
 import pytest
 from corners import CORNERS, DECODING, FEW_ROWS
-from gpu import EMULATION, needs_nvcc
+from gpu import needs_nvcc
 
-from attntune.measure.worker import IsolatedProcess
 from attntune.ops import Attention, KVAppend, Linear
 from attntune.target import PRESETS
 from attntune.templates import template_for
@@ -18,15 +16,6 @@ from attntune.templates.lowering import build_with_resources
 
 TARGET = PRESETS["sm_80"]
 APPENDS = (*CORNERS["kv_append"], KVAppend(3, 6, 12, 2, 1, 64, style="half", positions=10, dtype="float16"))
-
-
-@pytest.fixture(scope="module")
-def emulator(emulation_folder):
-    """A process whose CUDA device is this CPU."""
-    contract = str(Path(__file__).parents[1] / "contract")
-    preload = [("emulation:install", emulation_folder)]
-    with IsolatedProcess(threads=1, plugin_paths=[EMULATION, contract], preload=preload) as process:
-        yield process
 
 
 def emulate(emulator, workloads, workload, template, **wanted):

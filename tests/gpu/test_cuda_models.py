@@ -27,15 +27,6 @@ BUILDS = {"bert": "float32", "llama": "float16", "whisper": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
-def emulator(emulation_folder):
-    """A process that compiles for a CUDA device that is this CPU, and runs on it."""
-    with IsolatedProcess(
-        threads=1, plugin_paths=[EMULATION], preload=[("emulation:install", emulation_folder)]
-    ) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
 def runtime(emulation_folder):
     """A process that runs on the emulated device with TVM's runtime alone."""
     preload = [("emulation:load_driver", emulation_folder)]

@@ -9,7 +9,6 @@ from corners import ATTENTIONS, LINEARS
 from gpu import compiled, instructions, needs_nvcc
 from operators import ROWS
 
-from attntune.measure.worker import IsolatedProcess
 from attntune.ops import Attention, Linear
 from attntune.search.space import Config
 from attntune.target import PRESETS
@@ -22,18 +21,6 @@ TARGET = PRESETS["sm_80"]
 CUDA_OPS = sorted({template.op for template in REGISTRY if template.kind == "cuda"})
 GENERIC_OPS = sorted(op for op, row in ROWS.items() if GENERIC["cuda"].supports(row.workloads[0], TARGET))
 ROW_OPS = ["embedding_norm", "layer_norm", "rms_norm", "softmax"]
-
-
-@pytest.fixture(scope="module")
-def emulator(emulation_folder):
-    """A process whose CUDA device is this CPU."""
-    process = IsolatedProcess(
-        threads=1,
-        plugin_paths=[str(HERE / "emulation"), str(HERE.parent / "contract")],
-        preload=[("emulation:install", emulation_folder)],
-    )
-    with process:
-        yield process
 
 
 def emulate(emulator, template, workload, config, target=TARGET, late=True, seed=0):

@@ -8,7 +8,6 @@ import pytest
 from corners import HOPPER_ATTENTIONS, HOPPER_LINEARS
 from gpu import compiled, instructions, needs_nvcc
 
-from attntune.measure.worker import IsolatedProcess
 from attntune.ops import Attention, Linear
 from attntune.search.space import Config
 from attntune.target import PRESETS
@@ -67,18 +66,6 @@ CASES = [
 
 def named(value):
     return value.op if isinstance(value, LinearHopper | AttentionHopper) else str(value)
-
-
-@pytest.fixture(scope="module")
-def emulator(emulation_folder):
-    """A process whose CUDA device is this CPU."""
-    process = IsolatedProcess(
-        threads=1,
-        plugin_paths=[str(HERE / "emulation"), str(HERE.parent / "contract")],
-        preload=[("emulation:install", emulation_folder)],
-    )
-    with process:
-        yield process
 
 
 @needs_nvcc

@@ -59,11 +59,7 @@ class AttentionCUDA(ScheduleTemplate):
             Knob("hold_query", (False, True)),
         ]
 
-        def fits(config: Config) -> bool:
-            in_shared = shared_bytes(w, config) <= target.shared_memory_bytes
-            return in_shared and registers(w, config) <= target.registers_per_thread
-
-        return ConfigSpace(knobs, [fits])
+        return ConfigSpace(knobs, [lambda config: fits(w, target, config)])
 
     def default(self, workload: Workload, target: Target) -> Config:
         """Blocks of about 64 queries of four warps and 64 keys, with SMs that have equally many."""
@@ -119,6 +115,12 @@ def shared_bytes(w: Attention, config: Config) -> int:
     """Bytes of a block's queries and its stages of keys and values."""
     queries = 16 * config.integer("warps") * config.integer("warp_tiles")
     return 2 * padded_dim(w.head_dim) * (queries + 2 * config.integer("stages") * config.integer("key_block"))
+
+
+def fits(w: Attention, target: Target, config: Config) -> bool:
+    """Whether a block has the shared memory and a thread the registers."""
+    in_shared = shared_bytes(w, config) <= target.shared_memory_bytes
+    return in_shared and registers(w, config) <= target.registers_per_thread
 
 
 def registers(w: Attention, config: Config) -> int:

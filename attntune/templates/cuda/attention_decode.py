@@ -24,7 +24,7 @@ from attntune.ops.attention_expression import conditions, modified
 from attntune.ops.workload import Workload
 from attntune.search.space import Config, ConfigSpace, Knob
 from attntune.target import Target
-from attntune.templates.cuda.attention import AttentionCUDA, registers, shared_bytes
+from attntune.templates.cuda.attention import AttentionCUDA, fits, registers, shared_bytes
 from attntune.templates.cuda.attention_kernel import AttentionKernel
 from attntune.templates.cuda.launch import Launch, kernels
 
@@ -61,11 +61,7 @@ class AttentionDecodeCUDA(AttentionCUDA):
             Knob("splits", tuple(n for n in (1, 2, 4, 8, 16, 32, 64) if n == 1 or n * 16 <= w.kv_len)),
         ]
 
-        def fits(config: Config) -> bool:
-            in_shared = shared_bytes(w, config) <= target.shared_memory_bytes
-            return in_shared and registers(w, config) <= target.registers_per_thread
-
-        return ConfigSpace(knobs, [fits])
+        return ConfigSpace(knobs, [lambda config: fits(w, target, config)])
 
     def default(self, workload: Workload, target: Target) -> Config:
         """Blocks of 64 keys, as many parts as give every SM several warps."""

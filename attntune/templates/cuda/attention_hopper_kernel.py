@@ -64,31 +64,13 @@ class AttentionHopperKernel(AttentionKernel):
         block, sequence = blocks
         self.operand, self.maps, self.thread = operand, maps, thread
         self._allocate()
-        with when(thread == 0):
-            for tensor_map in maps.values():
-                hopper.prefetch(tensor_map)
-            for barriers in self.barriers:
-                barriers.initialise()
-            hopper.barriers_are_visible()
-        T.evaluate(T.tvm_storage_sync("shared"))
+        hopper.start(thread, maps, self.barriers)
         self.b, self.h = T.bind(sequence // w.heads), T.bind(sequence % w.heads)
         # Under a causal mask the last queries see most keys: they start first.
         self.first_query = T.bind(((self.q_blocks - 1 - block) if w.causal else block) * self.bq)
         self.first_block, end = self._key_blocks()
         self.count = T.bind(T.max(end - self.first_block, 0))
-        self.warpgroup = hopper.uniform(thread // WARPGROUP)
-        with T.If(self.warpgroup == 0):
-            with T.Then():
-                self._set_registers(0)
-                with when(thread == 0):
-                    self._produce()
-            with T.Else():
-                self._set_registers(1)
-                self._consume()
-
-    def _set_registers(self, which: int) -> None:
-        if self.consumers in hopper.REGISTERS:
-            hopper.set_registers(hopper.REGISTERS[self.consumers][which], more=bool(which))
+        hopper.divide(thread, self.consumers, self._produce, self._consume)
 
     def _allocate(self) -> None:
         from tvm.tirx.script.builder import ir as T
@@ -149,12 +131,12 @@ class AttentionHopperKernel(AttentionKernel):
 
     # -- consumers -----------------------------------------------------------------------------------------------------
 
-    def _consume(self) -> None:
+    def _consume(self, warpgroup: Any) -> None:
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
         self.lane = T.bind(self.thread % _WARP)
-        self.consumer = T.bind(self.warpgroup - 1)
+        self.consumer = T.bind(warpgroup - 1)
         self.warp = T.bind(self.thread // _WARP - WARPGROUP // _WARP)
         for buffer, value in ((self.out, 0.0), (self.top, FLOOR), (self.total, 0.0)):
             for i in range(int(buffer.shape[0])):

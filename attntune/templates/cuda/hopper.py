@@ -342,3 +342,39 @@ def when(condition: Any) -> Iterator[None]:
 
     with T.If(condition), T.Then():
         yield
+
+
+def start(thread: Any, maps: Mapping[str, Any], barriers: Sequence[Barriers]) -> None:
+    """What comes before a block's roles: barriers, for all of its threads to see, and tensor maps, asked for."""
+    from tvm.tirx.script.builder import ir as T
+
+    with when(thread == 0):
+        for tensor_map in maps.values():
+            prefetch(tensor_map)
+        for each in barriers:
+            each.initialise()
+        barriers_are_visible()
+    T.evaluate(T.tvm_storage_sync("shared"))
+
+
+def divide(
+    thread: Any, consumers: int, produce: Callable[[], None], consume: Callable[[Any], None]
+) -> None:  # fmt: skip
+    """One thread of the first warpgroup produces; the other warpgroups consume, with registers that it gives up.
+
+    ``consume`` is told its warpgroup, from 1 on.
+    """
+    from tvm.tirx.script.builder import ir as T
+
+    fewer, more = REGISTERS.get(consumers, (0, 0))
+    warpgroup = uniform(thread // WARPGROUP)
+    with T.If(warpgroup == 0):
+        with T.Then():
+            if fewer:
+                set_registers(fewer, more=False)
+            with when(thread == 0):
+                produce()
+        with T.Else():
+            if more:
+                set_registers(more, more=True)
+            consume(warpgroup)

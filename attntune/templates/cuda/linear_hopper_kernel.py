@@ -10,6 +10,7 @@ from attntune.search.space import Config
 from attntune.templates.cuda import hopper
 from attntune.templates.cuda.hopper import ROW, ROW_BYTES, WARPGROUP, Barriers, TensorMap, when
 from attntune.templates.cuda.intrinsics import call
+from attntune.templates.cuda.linear_kernel import finished
 
 _WARP = 32
 
@@ -50,26 +51,8 @@ class LinearHopperKernel:
         self.empty = Barriers(self.full.end, self.stages, WARPGROUP // _WARP * self.consumers)
         held = self.parts * self.tiles_m * self.bn // 2
         self.sums = T.sblock_alloc_buffer((held,), "float32", scope="local")
-        with when(thread == 0):
-            for tensor_map in maps.values():
-                hopper.prefetch(tensor_map)
-            self.full.initialise()
-            self.empty.initialise()
-            hopper.barriers_are_visible()
-        T.evaluate(T.tvm_storage_sync("shared"))
-        self.warpgroup = hopper.uniform(thread // WARPGROUP)
-        with T.If(self.warpgroup == 0):
-            with T.Then():
-                self._set_registers(0)
-                with when(thread == 0):
-                    self._produce()
-            with T.Else():
-                self._set_registers(1)
-                self._consume()
-
-    def _set_registers(self, which: int) -> None:
-        if self.consumers in hopper.REGISTERS:
-            hopper.set_registers(hopper.REGISTERS[self.consumers][which], more=bool(which))
+        hopper.start(thread, maps, (self.full, self.empty))
+        hopper.divide(thread, self.consumers, self._produce, self._consume)
 
     def _each_tile(self) -> Any:
         """Loop over the tiles of this block; how many came before."""
@@ -117,13 +100,13 @@ class LinearHopperKernel:
 
     # -- consumers -----------------------------------------------------------------------------------------------------
 
-    def _consume(self) -> None:
+    def _consume(self, warpgroup: Any) -> None:
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
         self.lane = T.bind(self.thread % _WARP)
         self.warp = T.bind(self.thread // _WARP % (WARPGROUP // _WARP))
-        first_row = T.bind((self.warpgroup - 1) * (64 * self.tiles_m))
+        first_row = T.bind((warpgroup - 1) * (64 * self.tiles_m))
         held = int(self.sums.shape[0])
         with self._each_tile() as n:
             row, column = self._place(n)
@@ -210,19 +193,9 @@ class LinearHopperKernel:
 
     def _value(self, row: Any, column: Any, i: int, j: int, r: int, biases: list[Any], e: int) -> Any:
         """Element ``e`` of a pair, in float32."""
-        from attntune.ops import math as tmath
-
-        w = self.w
 
         def biased(part: int) -> Any:
             value = self.sums[self._sum(i, part, j) + r]
             return value if biases[part] is None else value + biases[part]
 
-        value = biased(0)
-        if w.activation:
-            value = getattr(tmath, w.activation)(value)
-        if w.gated:
-            value = value * biased(1)
-        if w.residual:
-            value = value + self.operand["residual"][row, column + e].astype("float32")
-        return value
+        return finished(self.w, biased, lambda: self.operand["residual"][row, column + e])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from attntune.ops.linear import Linear
@@ -193,21 +194,34 @@ class LinearKernel:
 
     def _value(self, row: Any, column: Any, i: int, j: int, half: int, e: int, biases: list[Any]) -> Any:
         """Element ``e`` of a pair, in float32."""
-        from attntune.ops import math as tmath
-
         w = self.w
 
         def biased(part: int) -> Any:
             value = self.sums[self._sum(i, part * self.tiles_n * 2 + j) + half * 2 + e]
             return value if biases[part] is None else value + biases[part]
 
-        value = biased(0)
-        if w.activation:
-            value = getattr(tmath, w.activation)(value)
-        if w.gated:
-            value = value * biased(1)
-        if w.residual:
+        def residual() -> Any:
             # Past the last column of an odd number, any value will do: it is not stored.
             at = column + e if w.out_features % 2 == 0 else (column + e) % w.out_features
-            value = value + self.operand["residual"][row, at].astype("float32")
+            return self.operand["residual"][row, at]
+
+        value = finished(w, biased, residual)
         return before_end(value, row, w.seq, self.operand["lengths"]) if w.seq else value
+
+
+def finished(w: Linear, biased: Callable[[int], Any], residual: Callable[[], Any]) -> Any:
+    """An element of y in float32.
+
+    Args:
+        w: the layer.
+        biased: the sum of a part with its bias: 0, or of a gated layer the gate; 1, what that multiplies.
+        residual: what is added, if the layer has such.
+    """
+    from attntune.ops import math as tmath
+
+    value = biased(0)
+    if w.activation:
+        value = getattr(tmath, w.activation)(value)
+    if w.gated:
+        value = value * biased(1)
+    return value + residual().astype("float32") if w.residual else value

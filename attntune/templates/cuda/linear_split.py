@@ -22,7 +22,7 @@ from attntune.search.space import Config, ConfigSpace, Knob
 from attntune.target import Target
 from attntune.templates.cuda.launch import Launch, kernels
 from attntune.templates.cuda.linear import LinearCUDA, shared_bytes
-from attntune.templates.cuda.linear_kernel import LinearKernel
+from attntune.templates.cuda.linear_kernel import LinearKernel, finished
 
 #: Rows at most, and in_features at least, for which splitting is worth a second kernel.
 MOST_ROWS, LEAST_FEATURES = 128, 512
@@ -151,23 +151,17 @@ class _SplitKernel(LinearKernel):
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
-        from attntune.ops import math as tmath
-
         w, operand = self.w, self.operand
 
         def biased(part: int) -> Any:
             value = operand["partial"][0, part, row, column]
             for split in range(1, self.splits):
                 value = value + operand["partial"][split, part, row, column]
-            return value + operand["bias"][part * w.out_features + column].astype("float32") if w.bias else value
+            if w.bias:
+                value = value + operand["bias"][part * w.out_features + column].astype("float32")
+            return T.bind(value)
 
-        value = biased(0)
-        if w.activation:
-            value = getattr(tmath, w.activation)(T.bind(value))
-        if w.gated:
-            value = value * biased(1)
-        if w.residual:
-            value = value + operand["residual"][row, column].astype("float32")
+        value = finished(w, biased, lambda: operand["residual"][row, column])
         if w.seq:
             value = before_end(value, row, w.seq, operand["lengths"])
         T.buffer_store(operand["y"], tirx.Cast(w.outputs()[0].dtype, value), [row, column])
