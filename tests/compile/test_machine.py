@@ -24,7 +24,8 @@ def test_machine_state_is_complete_and_json_ready():
 
 
 def test_peaks_are_of_the_right_kind():
-    target = native()
+    # Bandwidth is of buffers four times as large as the last cache, which some machines have 260 MiB of.
+    target = dataclasses.replace(native(), l3_bytes=16 * 1024**2)
     peaks = machine.measure_peaks(target)
     flops = peaks["flops_per_sec"]
     assert set(flops) == {"float32"} | {

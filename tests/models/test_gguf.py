@@ -242,36 +242,20 @@ def test_a_conversation_is_answered_as_if_it_were_read_again(smollm2_in_chunks, 
     assert second["tokens"] == logits[len(prompt) - 1 : -1].argmax(-1).tolist()[: second["new_tokens"]]
 
 
-def test_smollm2_writes_what_pytorch_writes_token_for_token(smollm2):
+@pytest.fixture(scope="module")
+def smollm2_model(smollm2):
+    return from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="module")
+def smollm2_at_int4(smollm2_model):
+    return at_precision(smollm2_model, "int4")
+
+
+def assert_it_writes_what_pytorch_writes(model, artifact):
+    """56 tokens, given what was written so far, at every position: the same as writing with a cache of its own."""
     from tokenizers import Tokenizer
 
-    model = from_pretrained(smollm2)
-    ids = Tokenizer.from_file(str(model.directory / "tokenizer.json")).encode("Once upon a time, there was").ids
-    tuned = TunedModel(compile(model, shapes=[{"batch": 1, "seq": 8, "context": 72}], entries=["prefill", "decode"]))
-    (written,) = tuned.generate([ids], max_new_tokens=56, stop=[]).tokens
-    assert len(written) == 56
-    tensors = {name: torch.from_numpy(np.array(value)) for name, value in _hugging_face_tensors(model).items()}
-    # Given what was written so far, at every position: the same tokens as writing with a cache of its own.
-    logits = llama_logits(
-        tensors, torch.tensor([[*ids, *written]]), layers=30, heads=9, kv_heads=3, eps=1e-5, theta=100000.0,
-        interleaved=True,
-    )[0]  # fmt: skip
-    assert written == logits[len(ids) - 1 : -1].argmax(-1).tolist()
-
-
-def test_smollm2_at_4_bits_is_the_file_itself(smollm2_in_chunks):
-    """Every weight is what the file holds, in a sixth of the memory, and the tokens are PyTorch's in float32."""
-    from tokenizers import Tokenizer
-
-    model, _ = smollm2_in_chunks
-    lower = at_precision(model, "int4")
-    for name in lower.bits:
-        values = ungrouped(*(lower.weights[f"{name}{part}"] for part in ("", ":scale", ":minimum")))
-        np.testing.assert_allclose(values, model.weights[name], rtol=0, atol=1e-6 * np.abs(values).max())
-    shape = {"batch": 1, "seq": 8, "context": 72}
-    artifact = compile(lower, shapes=[shape], entries=["prefill", "decode"], precision="int4")
-    size = (artifact.folder / "weights.bin").stat().st_size
-    assert size < sum(values.nbytes for values in model.weights.values()) / 6
     ids = Tokenizer.from_file(str(model.directory / "tokenizer.json")).encode("Once upon a time, there was").ids
     (written,) = TunedModel(artifact).generate([ids], max_new_tokens=56, stop=[]).tokens
     assert len(written) == 56
@@ -283,22 +267,55 @@ def test_smollm2_at_4_bits_is_the_file_itself(smollm2_in_chunks):
     assert written == logits[len(ids) - 1 : -1].argmax(-1).tolist()
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 0.02), ("int8", 0.02)])
-def test_smollm2s_perplexity_at_lower_precisions(smollm2, precision, bound):
+WRITING = {"shapes": [{"batch": 1, "seq": 8, "context": 72}], "entries": ["prefill", "decode"]}
+
+
+def test_smollm2_writes_what_pytorch_writes_token_for_token(smollm2_model):
+    assert_it_writes_what_pytorch_writes(smollm2_model, compile(smollm2_model, **WRITING))
+
+
+def test_smollm2_at_4_bits_is_the_file_itself(smollm2_model, smollm2_at_int4):
+    """Every weight is what the file holds, in a sixth of the memory, and the tokens are PyTorch's in float32."""
+    model, lower = smollm2_model, smollm2_at_int4
+    for name in lower.bits:
+        values = ungrouped(*(lower.weights[f"{name}{part}"] for part in ("", ":scale", ":minimum")))
+        np.testing.assert_allclose(values, model.weights[name], rtol=0, atol=1e-6 * np.abs(values).max())
+    artifact = compile(lower, precision="int4", **WRITING)
+    size = (artifact.folder / "weights.bin").stat().st_size
+    assert size < sum(values.nbytes for values in model.weights.values()) / 6
+    assert_it_writes_what_pytorch_writes(model, artifact)
+
+
+@pytest.fixture(scope="module")
+def licence_ids(smollm2_model):
     from tokenizers import Tokenizer
 
-    model = from_pretrained(smollm2)
+    tokenizer = Tokenizer.from_file(str(smollm2_model.directory / "tokenizer.json"))
+    text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
+    return np.array([tokenizer.encode(" ".join(text.split())).ids[:512]])
+
+
+def scored(model, ids, precision):
+    """The model compiled for these tokens, and their perplexity."""
+    tuned = TunedModel(compile(model, shapes=[{"batch": 1, "seq": 512}], entries=["forward"], precision=precision))
+    return tuned, perplexity(tuned, ids[0])
+
+
+@pytest.fixture(scope="module")
+def perplexity_in_float32(smollm2_model, licence_ids):
+    return scored(smollm2_model, licence_ids, "float32")[1]
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 0.02), ("int8", 0.02), ("int4", 1e-4)])
+def test_smollm2s_perplexity_at_lower_precisions(
+    request, smollm2_model, licence_ids, perplexity_in_float32, precision, bound
+):
     if (reason := supported(precision, native())[1]) != "":
         pytest.skip(reason)
-    tokenizer = Tokenizer.from_file(str(model.directory / "tokenizer.json"))
-    text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
-    ids = np.array([tokenizer.encode(" ".join(text.split())).ids[:512]])
-    found = {}
-    for name in ("float32", precision):
-        tuned = TunedModel(compile(model, shapes=[{"batch": 1, "seq": 512}], entries=["forward"], precision=name))
-        found[name] = perplexity(tuned, ids[0])
-    logits = torch.from_numpy(tuned(input_ids=ids))[0, :-1]
-    loss = torch.nn.functional.cross_entropy(logits.double(), torch.from_numpy(ids)[0, 1:])
-    assert found[precision].value == pytest.approx(float(loss.exp()), rel=1e-6)
-    assert found[precision].tokens == 511
-    assert found[precision].value == pytest.approx(found["float32"].value, rel=bound)
+    model = request.getfixturevalue("smollm2_at_int4") if precision == "int4" else smollm2_model
+    tuned, found = scored(model, licence_ids, precision)
+    logits = torch.from_numpy(tuned(input_ids=licence_ids))[0, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.double(), torch.from_numpy(licence_ids)[0, 1:])
+    assert found.value == pytest.approx(float(loss.exp()), rel=1e-6)
+    assert found.tokens == 511
+    assert found.value == pytest.approx(perplexity_in_float32.value, rel=bound)
