@@ -32,6 +32,7 @@ from filelock import FileLock
 from attntune.database.query import Choice, Database
 from attntune.database.record import Status
 from attntune.errors import AttntuneError, CompileError
+from attntune.host import available_cpus, host_features, host_triple, physical_cores, user_cache_dir
 from attntune.measure.builder import Built
 from attntune.measure.evaluator import Evaluation
 from attntune.measure.machine import cpu_model
@@ -40,15 +41,7 @@ from attntune.measure.trial import Trial
 from attntune.measure.worker import IsolatedProcess
 from attntune.ops import Workload
 from attntune.runtime.artifact import sha256
-from attntune.target import (
-    Target,
-    available_cpus,
-    host_features,
-    host_triple,
-    native,
-    physical_cores,
-    user_cache_dir,
-)
+from attntune.target import Target, native
 from attntune.templates import GENERIC, ScheduleTemplate, template_for
 
 _BUILD_TIMEOUT_SECS = 120.0

@@ -9,39 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from attntune.errors import TargetError
+from attntune.host import CPUINFO_FEATURES, available_cpus, cache_bytes, host_features, host_triple, physical_cores
 
 _KIB = 1024
 _MIB = 1024 * 1024
-
-#: ISA features that templates ask about, by the flag Linux prints in /proc/cpuinfo.
-_CPUINFO_FEATURES = {
-    "avx2": "avx2",
-    "fma": "fma",
-    "f16c": "f16c",
-    "avx512f": "avx512f",
-    "avx512bw": "avx512bw",
-    "avx512dq": "avx512dq",
-    "avx512vl": "avx512vl",
-    "avx512_bf16": "avx512bf16",
-    "avx512_vnni": "avx512vnni",
-    "avx_vnni": "avxvnni",
-    "amx_tile": "amx-tile",
-    "amx_bf16": "amx-bf16",
-    "amx_int8": "amx-int8",
-    "asimd": "neon",
-    "asimddp": "dotprod",
-    "bf16": "bf16",
-    "sve": "sve",
-}
 
 _V3 = ("avx2", "f16c", "fma")
 _V4 = ("avx2", "avx512bw", "avx512dq", "avx512f", "avx512vl", "f16c", "fma")
@@ -253,7 +230,7 @@ def _from_llvm(mcpu: str, triple: str) -> Target:
         raise
     except Exception as error:  # TVM raises many kinds
         raise TargetError(f"TVM rejects mcpu {mcpu!r} with triple {triple!r}: {error}") from None
-    features = tuple(sorted(set(_CPUINFO_FEATURES.values()) & llvm_features))
+    features = tuple(sorted(set(CPUINFO_FEATURES.values()) & llvm_features))
     bits, registers = vector_shape(features)
     return _with_issue(Target("cpu", mcpu, mcpu, triple, features, bits, registers, cores=1))
 
@@ -267,13 +244,6 @@ def vector_shape(features: tuple[str, ...]) -> tuple[int, int]:
     if "neon" in features:
         return 128, 32
     return 128, 16
-
-
-def host_triple() -> str:
-    """LLVM triple of the machine this process runs on."""
-    machine = platform.machine().lower()
-    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
-    return f"{machine}-unknown-linux-gnu" if platform.system() == "Linux" else f"{machine}-apple-darwin"
 
 
 def _x86(
@@ -368,71 +338,6 @@ def cuda_target(major: int, minor: int, sm_count: int) -> Target:
     return dataclasses.replace(PRESETS[name], sm_count=sm_count)
 
 
-def host_features() -> tuple[str, ...]:
-    """ISA features of this machine, from /proc/cpuinfo; needs neither TVM nor a compiler."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ()
-    for line in text.splitlines():
-        if line.split(":")[0].strip() in ("flags", "Features"):
-            flags = set(line.partition(":")[2].split())
-            return tuple(sorted(ours for theirs, ours in _CPUINFO_FEATURES.items() if theirs in flags))
-    return ()
-
-
-def available_cpus() -> tuple[int, ...]:
-    """CPUs this process may run on, one logical CPU for each physical core first."""
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    firsts: list[int] = []
-    rest: list[int] = []
-    seen: set[str] = set()
-    for cpu in allowed:
-        try:
-            siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
-        except OSError:
-            siblings = str(cpu)
-        (rest if siblings in seen else firsts).append(cpu)
-        seen.add(siblings)
-    return (*firsts, *rest)
-
-
-def physical_cores() -> int:
-    """Physical cores this process may run on."""
-    cpus = available_cpus()
-    groups = set()
-    for cpu in cpus:
-        try:
-            groups.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip())
-        except OSError:
-            groups.add(str(cpu))
-    return max(1, len(groups))
-
-
-def user_cache_dir() -> Path:
-    """Where attntune remembers what it can find out again: ``$XDG_CACHE_HOME/attntune``, ``~/.cache`` by default."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attntune"
-
-
-def cuda_home() -> Path:
-    """Where the CUDA toolkit is: ``$CUDA_HOME``, /usr/local/cuda by default."""
-    return Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")
-
-
-def _cache_bytes(level: int, kind: str, fallback: int) -> int:
-    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
-        try:
-            if int((index / "level").read_text()) == level and (index / "type").read_text().strip() in (
-                kind,
-                "Unified",
-            ):
-                size = (index / "size").read_text().strip()
-                return int(size[:-1]) * {"K": _KIB, "M": _MIB}[size[-1]]
-        except (OSError, ValueError, KeyError):
-            continue
-    return fallback
-
-
 @lru_cache(maxsize=1)
 def native() -> Target:
     """The machine this process runs on, limited to the physical cores it may use."""
@@ -441,8 +346,8 @@ def native() -> Target:
     mcpu = _native_mcpu(features)
     return _with_issue(Target(
         "cpu", mcpu, mcpu, host_triple(), features, bits, registers, physical_cores(), len(available_cpus()),
-        _cache_bytes(1, "Data", 32 * _KIB), _cache_bytes(2, "Unified", 512 * _KIB),
-        _cache_bytes(3, "Unified", 8 * _MIB),
+        cache_bytes(1, "Data", 32 * _KIB), cache_bytes(2, "Unified", 512 * _KIB),
+        cache_bytes(3, "Unified", 8 * _MIB),
     ))  # fmt: skip
 
 

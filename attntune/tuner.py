@@ -16,6 +16,7 @@ from attntune.database.journal import Journal
 from attntune.database.query import Database
 from attntune.database.record import TuningRecord
 from attntune.errors import TuningError
+from attntune.host import available_cpus
 from attntune.measure.runner import Runner
 from attntune.measure.trial import Trial
 from attntune.ops.workload import Workload
@@ -24,7 +25,7 @@ from attntune.search import searcher_named
 from attntune.search.scheduler import TaskScheduler
 from attntune.search.searcher import Features, Searcher
 from attntune.search.space import Config, ConfigSpace
-from attntune.target import Target, available_cpus
+from attntune.target import Target
 from attntune.tuning_task import TuningTask
 
 SearcherFactory = Callable[[ConfigSpace, Features, Config, int], Searcher]

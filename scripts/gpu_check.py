@@ -21,11 +21,11 @@ from attntune.engines.cuda_suites import parts
 from attntune.engines.gpu_check import STEPS, GpuCheck, GpuSettings, failures
 from attntune.engines.kernel_comparison import KernelOptions
 from attntune.errors import AttntuneError
+from attntune.host import available_cpus
 from attntune.measure.cuda_device import detect_cuda
 from attntune.measure.cuda_runner import CudaRunner
 from attntune.measure.trial import MeasureOptions
 from attntune.report.gpu_check import write_page
-from attntune.target import available_cpus
 from attntune.templates.nvcc import find_nvcc
 
 CORNERS = Path(__file__).resolve().parents[1] / "tests" / "contract"

@@ -18,7 +18,8 @@ from typing import Any
 
 from attntune import cli
 from attntune.cli.common import Reply
-from attntune.target import available_cpus, host_features, physical_cores, user_cache_dir, vector_shape
+from attntune.host import available_cpus, host_features, physical_cores, user_cache_dir
+from attntune.target import vector_shape
 
 #: The versions that work together; later ones satisfy TVM's metadata and crash.
 PINS = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}

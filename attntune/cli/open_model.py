@@ -56,7 +56,8 @@ def open_model(
 
 def _cached(path: Path, wanted: Mapping[str, object]) -> Path:
     from attntune import __version__
-    from attntune.target import Target, user_cache_dir
+    from attntune.host import user_cache_dir
+    from attntune.target import Target
 
     path = path.resolve()
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())

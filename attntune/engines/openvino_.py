@@ -32,7 +32,7 @@ class OpenVinoEngine(Engine):
         """A package is missing, or this CPU lacks the instructions of the precision."""
         if (reason := super().unavailable()) is not None or cls.precision != "bfloat16":
             return reason
-        from attntune.target import host_features
+        from attntune.host import host_features
 
         # Without them OpenVINO computes in float32 whatever the hint says.
         if not {"avx512bf16", "amx-bf16"} & set(host_features()):

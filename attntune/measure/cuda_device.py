@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from attntune.host import physical_cores
 from attntune.measure.worker import IsolatedProcess
-from attntune.target import Target, cuda_target, physical_cores
+from attntune.target import Target, cuda_target
 
 _TIMEOUT_SECS = 120.0
 

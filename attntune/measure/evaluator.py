@@ -20,11 +20,12 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from attntune.database.record import Status
+from attntune.host import available_cpus
 from attntune.measure.buffers import GuardedArray, as_tensor, numpy_dtype
 from attntune.measure.threads import load_runtime, pin_pool
 from attntune.measure.trial import MeasureOptions, Trial
 from attntune.ops.workload import TensorSpec
-from attntune.target import Target, available_cpus
+from attntune.target import Target
 
 HOPELESS = 3.0
 """A kernel this many times slower than the best known keeps the two calls that showed it as its samples."""

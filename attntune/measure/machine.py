@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from attntune.errors import TargetError
+from attntune.host import host_features, host_triple, user_cache_dir
 from attntune.measure.worker import IsolatedProcess
-from attntune.target import Target, host_features, host_triple, user_cache_dir
+from attntune.target import Target
 
 _PEAKS_VERSION = 1
 _PEAKS_TIMEOUT_SECS = 120.0

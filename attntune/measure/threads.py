@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from attntune.errors import AttntuneError
-from attntune.target import available_cpus
+from attntune.host import available_cpus
 
 POOL_ENV = {"OPENBLAS_THREAD_TIMEOUT": "10"}
 """Environment of a process that calls :func:`pin_pool`; idle BLAS threads must not spin beside a timed kernel."""

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from attntune.errors import ArtifactError
+from attntune.host import host_features, host_triple
 from attntune.measure.buffers import numpy_dtype
-from attntune.target import Target, host_features, host_triple
+from attntune.target import Target
 
 FORMAT = 1
 ALIGNMENT = 64

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from attntune.errors import ArtifactError
+from attntune.host import cuda_home
 from attntune.measure.buffers import numpy_dtype
 from attntune.measure.threads import load_runtime
 from attntune.runtime.artifact import ALIGNMENT
-from attntune.target import Target, capability, cuda_home
+from attntune.target import Target, capability
 
 CUDA = 2  # kDLCUDA
 #: What an artifact's kernels are kept as.

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from attntune.errors import CompileError, ToolchainError
-from attntune.target import Target, cuda_home
+from attntune.host import cuda_home
+from attntune.target import Target
 
 _TIMEOUT_SECS = 300
 #: Kernels may compute with halves through operators, and call constexpr host functions.

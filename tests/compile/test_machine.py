@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from attntune import target as target_module
 from attntune.errors import TargetError
+from attntune.host import user_cache_dir
 from attntune.measure import machine
 from attntune.target import PRESETS, native
 
@@ -47,7 +47,7 @@ def test_peaks_of_another_machine_cannot_be_measured():
 
 def test_peaks_are_remembered(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert target_module.user_cache_dir() == tmp_path / "attntune"
+    assert user_cache_dir() == tmp_path / "attntune"
     measured = []
 
     def measure(target):

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from operators import ROWS, WORKLOADS
 
 from attntune.errors import ScheduleError, TargetError
+from attntune.host import host_features
 from attntune.measure.buffers import GuardedArray, as_tensor, numpy_dtype
 from attntune.ops import TensorSpec, Workload
 from attntune.ops.grouped import GROUPED
-from attntune.target import PRESETS, host_features, native
+from attntune.target import PRESETS, native
 from attntune.templates import GENERIC, REGISTRY, load_template, template_for
 from attntune.templates.lowering import build
 

@@ -1,4 +1,4 @@
-"""Folder order is data order: a stage imports only earlier stages, plus `errors` and `target`."""
+"""Folder order is data order: a stage imports only earlier stages, plus `errors`, `host` and `target`."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "attntune"
 
 #: What every stage may import.
-COMMON = ("errors", "target")
+COMMON = ("errors", "host", "target")
 
 #: The stages in the order data passes them.
 ORDER = (
@@ -114,5 +114,5 @@ def test_relative_and_function_level_imports_are_seen(tmp_path, monkeypatch):
 
 
 def test_environment_is_read_only_at_the_edges():
-    """Settings come through arguments; only the command line and the target look at the environment."""
-    assert {stage for stage in map(reads_environment, MODULES) if stage} <= {"cli", "target.py"}
+    """Settings come through arguments; only the command line and the host look at the environment."""
+    assert {stage for stage in map(reads_environment, MODULES) if stage} <= {"cli", "host.py"}

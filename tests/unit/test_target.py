@@ -9,13 +9,14 @@ import pytest
 
 from attntune import target as target_module
 from attntune.errors import TargetError
-from attntune.target import PRESETS, Target, dtype_bits, host_features, native, physical_cores, vector_shape
+from attntune.host import available_cpus, host_features, physical_cores
+from attntune.target import PRESETS, Target, dtype_bits, native, vector_shape
 
 ZEN4_FLAGS = "flags\t\t: fpu avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bf16 avx512_vnni sse4_2"
 
 
 def serve_files(monkeypatch, contents):
-    """Let target.py read `contents` by path, and no other file below /proc and /sys."""
+    """Let host.py read `contents` by path, and no other file below /proc and /sys."""
 
     def read_text(path, *args, **kwargs):
         if str(path) in contents:
@@ -179,13 +180,13 @@ class TestDetection:
         topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
         serve_files(monkeypatch, {topology.format(cpu): f"{cpu % 2},{cpu % 2 + 2}\n" for cpu in range(4)})
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
-        assert target_module.available_cpus() == (0, 1, 2, 3)
+        assert available_cpus() == (0, 1, 2, 3)
         assert physical_cores() == 2
 
     def test_affinity_limits_cores(self, monkeypatch):
         serve_files(monkeypatch, {})
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5})
-        assert target_module.available_cpus() == (5,)
+        assert available_cpus() == (5,)
         assert physical_cores() == 1
 
     @pytest.mark.parametrize(

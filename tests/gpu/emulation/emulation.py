@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from ptx import without_assembly
 
-from attntune.target import cuda_home
+from attntune.host import cuda_home
 
 _HERE = Path(__file__).parent
 _SIGNATURE = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(([^)]*)\) \{')

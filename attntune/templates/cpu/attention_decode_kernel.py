@@ -1,0 +1,314 @@
+"""The decoding kernel, written out in TIR; see :mod:`attntune.templates.cpu.attention_decode`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from attntune.ops.attention import FLOOR, MASKED, Attention
+from attntune.ops.attention_expression import conditions, modified
+from attntune.search.space import Config
+from attntune.target import Target
+from attntune.templates.cpu import bf16
+from attntune.templates.cpu.attention_blocks import LOG2_E
+from attntune.templates.cpu.vectors import Vectors
+
+
+class DecodeKernel:
+    """One decoding kernel being written out."""
+
+    def __init__(self, w: Attention, target: Target, config: Config) -> None:
+        self.w = w
+        self.v = Vectors(target.lanes("float32"))
+        self.lanes = self.v.lanes
+        self.splits = config.integer("splits")
+        self.key_block = config.integer("key_vectors") * self.lanes
+        self.score_rows = config.integer("score_rows")
+        self.out_rows = config.integer("out_rows")
+        self.group = w.heads // w.kv_heads
+        self.rows = w.q_len * self.group
+        self.padded_rows = math.ceil(self.rows / self.out_rows) * self.out_rows
+        self.dims = math.ceil(w.head_dim / self.lanes)
+        self.dims_held = min(self.dims, max(1, target.vector_registers // 2 // self.out_rows - 1))
+        #: Whether scores multiply pairs of bfloat16 as they lie, without widening them.
+        self.paired = w.dtype == "bfloat16" and bf16.available(target) and w.head_dim % (2 * self.lanes) == 0
+        self.modify = w.modification() if w.score_mod else None
+        #: Whether scores are more than scaled products.
+        self.general = bool(w.softcap or w.bias_heads or w.alibi or w.score_mod)
+        self.factor = w.scaling * (1.0 if self.general else LOG2_E)
+
+    def function(self) -> Any:
+        """The ``PrimFunc``."""
+        from tvm.script.ir_builder import IRBuilder
+        from tvm.tirx.script.builder import ir as T
+
+        w, splits = self.w, self.splits
+        with IRBuilder() as builder, T.prim_func(s_tir=True):
+            T.func_name("main")
+            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+            self.operand = {
+                spec.name: T.arg(spec.name, T.buffer(spec.shape, spec.dtype)) for spec in (*w.inputs(), *w.outputs())
+            }
+            with T.sblock("root"):
+                if self.paired:
+                    self.pairs = {name: bf16.view(self.operand[name], "int32") for name in ("query", "key")}
+                for spec in w.inputs():
+                    if spec.dtype == "bfloat16":
+                        self.operand[spec.name] = bf16.Widened(self.operand[spec.name])
+                pairs = w.batch * w.kv_heads
+                # What each split found: weighted sums, and (maximum, sum) of each row.
+                self.part = T.sblock_alloc_buffer((pairs * splits, self.padded_rows, self.dims * self.lanes), "float32")
+                self.top = T.sblock_alloc_buffer((pairs * splits, self.padded_rows), "float32")
+                self.total = T.sblock_alloc_buffer((pairs * splits, self.padded_rows), "float32")
+                imports = dict(bf16.IMPORT) if self.paired else {}
+                with T.parallel(pairs * splits, annotations=imports) as task, T.sblock("split"):
+                    T.reads()
+                    T.writes()
+                    self._split(task)
+                    if splits == 1:
+                        self._combine(task)
+                if splits > 1:
+                    with T.parallel(pairs) as pair, T.sblock("combine"):
+                        T.reads()
+                        T.writes()
+                        self._combine(pair)
+        return builder.get()
+
+    def _at(self, b: Any, head: Any, row: Any, d: Any) -> list[Any]:
+        if self.w.layout == "bhsd":
+            return [b, head, row, d]
+        return [b, row, head * self.w.head_dim + d]
+
+    def _pair(self, name: str, head: Any, row: Any, part: int) -> Any:
+        """One vector of bfloat16 pairs of a row of a head."""
+        *lead, at = self._at(self.b, head, row, 2 * part * self.lanes)
+        return self.pairs[name].vload([*lead, at // 2], dtype=f"int32x{self.lanes}")
+
+    def _vector(self, buffer: Any, b: Any, head: Any, row: Any, dim: int) -> Any:
+        """One vector of a row of a head; lanes past the head's end repeat its last element."""
+        from tvm import tirx
+
+        w, lanes = self.w, self.lanes
+        if (dim + 1) * lanes <= w.head_dim:
+            return self.v.load(buffer, self._at(b, head, row, dim * lanes))
+        columns = [min(dim * lanes + lane, w.head_dim - 1) for lane in range(lanes)]
+        return tirx.Shuffle([buffer[tuple(self._at(b, head, row, c))] for c in columns], list(range(lanes)))
+
+    # -- one split of the keys of one head -----------------------------------------------------------------------------
+
+    def _split(self, task: Any) -> None:
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        w, v, lanes = self.w, self.v, self.lanes
+        self.task = task
+        self.b, self.head = task // (self.splits * w.kv_heads), task // self.splits % w.kv_heads
+        length = T.bind(self.operand["lengths"][self.b]) if w.lengths else w.kv_len
+        offset = length + (w.causal_offset - w.q_len) if w.lengths == "kv" else w.causal_offset
+        low: Any = 0
+        high: Any = length
+        if w.causal:
+            high = T.max(T.min(offset + w.q_len, length), 0)
+        if w.window:
+            low = T.max(offset + (1 - w.window), 0)
+        # Splits of whole blocks, so that only the last has a block that is not full.
+        blocks = (T.max(high - low, 0) + (self.key_block - 1)) // self.key_block
+        blocks = T.bind((blocks + (self.splits - 1)) // self.splits)
+        start = T.bind(low + task % self.splits * blocks * self.key_block)
+        end = T.bind(T.min(start + blocks * self.key_block, high))
+        self.end = end
+
+        self.p = T.sblock_alloc_buffer((self.padded_rows, self.key_block), "float32")
+        self.alpha = T.sblock_alloc_buffer((self.padded_rows,), "float32")
+        if not self.paired:
+            self._scale_queries()
+        with T.serial(self.padded_rows) as r:
+            T.buffer_store(self.top, tirx.const(FLOOR, "float32"), [task, r])
+            T.buffer_store(self.total, tirx.const(0.0, "float32"), [task, r])
+            for dim in range(self.dims):
+                v.store(self.part, [task, r, dim * lanes], v.splat(0.0))
+        with T.serial((T.max(end - start, 0) + (self.key_block - 1)) // self.key_block) as kb:
+            self._block(T.bind(start + kb * self.key_block))
+
+    def _scale_queries(self) -> None:
+        """All rows' queries in the units of scores, zeros past the head's end."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        w, v, lanes = self.w, self.v, self.lanes
+        self.q = T.sblock_alloc_buffer((self.rows, self.dims * lanes), "float32")
+        with T.serial(self.rows) as r:
+            head, i = self.head * self.group + r // w.q_len, r % w.q_len
+            for dim in range(self.dims):
+                v.store(self.q, [r, dim * lanes], v.splat(0.0))
+            with T.serial(w.head_dim) as d:
+                element = self.operand["query"][tuple(self._at(self.b, head, i, d))]
+                T.buffer_store(self.q, element * tirx.const(self.factor, "float32"), [r, d])
+
+    def _block(self, start: Any) -> None:
+        """One block of keys: scores, softmax and weighted sums of all rows."""
+        from tvm.tirx.script.builder import ir as T
+
+        keys = T.bind(T.min(self.key_block, self.end - start))
+        tiles = T.bind((keys + (self.lanes - 1)) // self.lanes)
+        together, left = divmod(self.rows, self.score_rows)
+        with T.serial(tiles) as t:
+            with T.serial(together) as rt:
+                self._score_tile(start, t, rt * self.score_rows, self.score_rows)
+            if left:
+                with T.serial(left) as r:
+                    self._score_tile(start, t, together * self.score_rows + r, 1)
+        with T.serial(self.rows) as r:
+            self._softmax(r, tiles)
+        with T.serial(self.padded_rows // self.out_rows) as rt:
+            for low in range(0, self.dims, self.dims_held):
+                self._out_tile(start, keys, rt, range(low, min(low + self.dims_held, self.dims)))
+
+    def _score_tile(self, start: Any, t: Any, first_row: Any, rows: int) -> None:
+        """Scores of ``rows`` rows (a power of two) against a vector of keys, each key read and widened once for all.
+
+        A key past the end is read as the last one, and masked.
+        """
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        w, v, lanes = self.w, self.v, self.lanes
+        first = T.bind(start + t * lanes)
+        together = lanes // rows
+
+        def query(r: int, part: int) -> Any:
+            if not self.paired:
+                return v.load(self.q, [first_row + r, part * lanes])
+            head = self.head * self.group + (first_row + r) // w.q_len
+            return self._pair("query", head, (first_row + r) % w.q_len, part)
+
+        def key(j: Any, part: int) -> Any:
+            if self.paired:
+                return self._pair("key", self.head, j, part)
+            return self._vector(self.operand["key"], self.b, self.head, j, part)
+
+        products = T.sblock_alloc_buffer((lanes, lanes), "float32", scope="local")
+        sums = []
+        for part in range(rows):
+            keys = [T.bind(T.min(first + part * together + a, self.end - 1)) for a in range(together)]
+            for dim in range(w.head_dim // (2 * lanes) if self.paired else self.dims):
+                queries = [query(r, dim) for r in range(rows)]
+                for a in range(together):
+                    components = T.bind(key(keys[a], dim)) if rows > 1 else key(keys[a], dim)
+                    for r in range(rows):
+                        at = [r * together + a, 0]
+                        before = v.load(products, at) if dim else None
+                        if self.paired:
+                            value = bf16.dot(v.splat(0.0) if before is None else before, components, queries[r])
+                        else:
+                            value = components * queries[r] if before is None else before + components * queries[r]
+                        v.store(products, at, value)
+            sums.append(T.bind(v.sums([v.load(products, [a, 0]) for a in range(lanes)])))
+            if self.paired:
+                sums[-1] = T.bind(sums[-1] * v.splat(self.factor))
+        for r in range(rows):
+            # Of each part's sums, those of this row.
+            picked = [part * lanes + r * together + a for part in range(rows) for a in range(together)]
+            scores = sums[0] if rows == 1 else tirx.Shuffle(sums, picked)
+            self._masked_scores(scores, first, t, first_row + r)
+
+    def _masked_scores(self, scores: Any, first: Any, t: Any, r: Any) -> None:
+        """Store one row's vector of scores after whatever the workload does to it."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        w, lanes = self.w, self.lanes
+        self.v.store(self.p, [r, t * lanes], scores)
+        masked = tirx.const(MASKED, "float32")
+        head, i = T.bind(self.head * self.group + r // w.q_len), T.bind(r % w.q_len)
+
+        def read(name: str, *at: Any) -> Any:
+            return self.operand[name][at]
+
+        with T.vectorized(lanes) as lane:
+            j = T.min(first + lane, self.end - 1)
+            value = self.p[r, t * lanes + lane]
+            if self.general:
+                value = modified(w, value, read, self.modify, self.b, head, i, j)
+                value = value * tirx.const(LOG2_E, "float32")
+            for allowed in conditions(w, read, self.b, i, j):
+                value = tirx.Select(allowed, value, masked)
+            T.buffer_store(self.p, tirx.Select(first + lane < self.end, value, masked), [r, t * lanes + lane])
+
+    def _softmax(self, r: Any, tiles: Any) -> None:
+        from tvm.tirx.script.builder import ir as T
+
+        from attntune.ops import math as tmath
+
+        v, lanes, task = self.v, self.lanes, self.task
+        best = T.sblock_alloc_buffer((1, lanes), "float32", scope="local")
+        added = T.sblock_alloc_buffer((1, lanes), "float32", scope="local")
+        v.store(best, [0, 0], v.broadcast(self.top[task, r]))
+        v.store(added, [0, 0], v.splat(0.0))
+        with T.serial(tiles) as t:
+            v.store(best, [0, 0], T.max(v.load(best, [0, 0]), v.load(self.p, [r, t * lanes])))
+        v.store(best, [0, 0], v.fold(v.load(best, [0, 0]), T.max))
+        with T.serial(tiles) as t:
+            with T.vectorized(lanes) as lane:
+                power = tmath.exp2_nonpositive(self.p[r, t * lanes + lane] - best[0, lane])
+                T.buffer_store(self.p, power, [r, t * lanes + lane])
+            v.store(added, [0, 0], v.load(added, [0, 0]) + v.load(self.p, [r, t * lanes]))
+        v.store(added, [0, 0], v.fold(v.load(added, [0, 0]), lambda a, b: a + b))
+        T.buffer_store(self.alpha, tmath.exp2_nonpositive(self.top[task, r] - best[0, 0]), [r])
+        T.buffer_store(self.top, best[0, 0], [task, r])
+        T.buffer_store(self.total, self.total[task, r] * self.alpha[r] + added[0, 0], [task, r])
+
+    def _out_tile(self, start: Any, keys: Any, rt: Any, dims: range) -> None:
+        from tvm.tirx.script.builder import ir as T
+
+        v, lanes, rows = self.v, self.lanes, self.out_rows
+        acc = T.sblock_alloc_buffer((rows, len(dims), lanes), "float32", scope="local")
+        row = [T.bind(T.min(rt * rows + a, self.rows - 1)) for a in range(rows)]
+        for a in range(rows):
+            for e, dim in enumerate(dims):
+                kept = v.load(self.part, [self.task, rt * rows + a, dim * lanes]) * v.broadcast(self.alpha[row[a]])
+                v.store(acc, [a, e, 0], kept)
+        with T.serial(keys) as j:
+            values = [self._vector(self.operand["value"], self.b, self.head, start + j, dim) for dim in dims]
+            for a in range(rows):
+                for e in range(len(dims)):
+                    product = v.broadcast(self.p[row[a], j]) * values[e]
+                    v.store(acc, [a, e, 0], v.load(acc, [a, e, 0]) + product)
+        for a in range(rows):
+            for e, dim in enumerate(dims):
+                v.store(self.part, [self.task, rt * rows + a, dim * lanes], v.load(acc, [a, e, 0]))
+
+    # -- results -------------------------------------------------------------------------------------------------------
+
+    def _combine(self, pair: Any) -> None:
+        """Weighted sums of all splits of one sequence and key head, divided by the whole sum."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        from attntune.ops import math as tmath
+
+        w, v, lanes = self.w, self.v, self.lanes
+        b, kv_head = pair // w.kv_heads, pair % w.kv_heads
+        acc = T.sblock_alloc_buffer((1, self.dims * lanes), "float32")
+        best = T.sblock_alloc_buffer((2,), "float32", scope="local")
+        with T.serial(self.rows) as r:
+            T.buffer_store(best, tirx.const(FLOOR, "float32"), [0])
+            T.buffer_store(best, tirx.const(0.0, "float32"), [1])
+            for dim in range(self.dims):
+                v.store(acc, [0, dim * lanes], v.splat(0.0))
+            with T.serial(self.splits) as s:
+                T.buffer_store(best, T.max(best[0], self.top[pair * self.splits + s, r]), [0])
+            with T.serial(self.splits) as s:
+                at = pair * self.splits + s
+                share = T.bind(tmath.exp2_nonpositive(self.top[at, r] - best[0]))
+                T.buffer_store(best, best[1] + share * self.total[at, r], [1])
+                for dim in range(self.dims):
+                    scaled = v.load(self.part, [at, r, dim * lanes]) * v.broadcast(share)
+                    v.store(acc, [0, dim * lanes], v.load(acc, [0, dim * lanes]) + scaled)
+            inverse = T.bind(tirx.const(1.0, "float32") / T.max(best[1], tirx.const(1e-30, "float32")))
+            head, i = kv_head * self.group + r // w.q_len, r % w.q_len
+            with T.serial(w.head_dim) as d:
+                element = acc[0, d] * inverse
+                if w.dtype != "float32":
+                    element = tirx.Cast(w.dtype, element)
+                T.buffer_store(self.operand["out"], element, self._at(b, head, i, d))
