@@ -5,6 +5,7 @@ The environment is read here and in the command line, nowhere else. Nothing of i
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from pathlib import Path
@@ -31,8 +32,13 @@ CPUINFO_FEATURES = {
 }
 
 
+#: The system call that asks Linux for AMX's tile registers (``arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)``),
+#: by its number on x86-64. It holds for the process, its threads and what it forks.
+ASK_FOR_TILES = (158, 0x1023, 18)
+
+
 def host_features() -> tuple[str, ...]:
-    """ISA features of this machine, from /proc/cpuinfo; needs neither TVM nor a compiler."""
+    """ISA features of this machine, from /proc/cpuinfo; AMX only where Linux grants its registers to this process."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -40,8 +46,17 @@ def host_features() -> tuple[str, ...]:
     for line in text.splitlines():
         if line.split(":")[0].strip() in ("flags", "Features"):
             flags = set(line.partition(":")[2].split())
+            if "amx_tile" in flags and not _tiles_granted():
+                flags = {flag for flag in flags if not flag.startswith("amx_")}
             return tuple(sorted(ours for theirs, ours in CPUINFO_FEATURES.items() if theirs in flags))
     return ()
+
+
+def _tiles_granted() -> bool:
+    try:
+        return bool(ctypes.CDLL(None).syscall(*ASK_FOR_TILES) == 0)
+    except (OSError, AttributeError):  # no C library to call it by
+        return False
 
 
 def host_triple() -> str:

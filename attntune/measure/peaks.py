@@ -14,6 +14,7 @@ import numpy as np
 
 from attntune.measure.buffers import GuardedArray, as_tensor
 from attntune.target import Target
+from attntune.templates.cpu import amx
 from attntune.templates.lowering import build
 
 _CHAINS = 12
@@ -33,11 +34,18 @@ define <16 x float> @attntune_peak_dpbf16(<16 x float> %c, <16 x i32> %a, <16 x 
 """
 
 
+_AMX_TILES = 4
+"""Independent tiles of sums, each of 16 × 16 with products of 32 values."""
+_AMX_FLOPS = 2 * 16 * 16 * 32
+
+
 def measure(target: Target) -> dict[str, Any]:
     """See ``machine.measure_peaks``."""
     flops = {"float32": _compute_peak(target, "float32")}
     if target.has("avx512bf16"):
         flops["bfloat16"] = _compute_peak(target, "bfloat16")
+    if amx.available(target):
+        flops["bfloat16"] = max(flops["bfloat16"], _amx_peak(target))
     if target.has("avx512vnni"):
         flops["int8"] = _compute_peak(target, "int8")
     read, copy = _bandwidth(target)
@@ -60,6 +68,18 @@ def _compute_peak(target: Target, dtype: str) -> float:
     secs = _best(call)
     assert np.isfinite(results[0]).all()
     return target.cores * _CHAINS * lanes * per_lane * _STEPS / secs
+
+
+def _amx_peak(target: Target) -> float:
+    """Operations per second of products of tiles on every core."""
+    values = np.full((2 * amx.ROWS, 2 * amx.PAIRS), 0x3F80, np.uint16)  # ones, as bfloat16
+    call, results = _prepare(
+        _amx_kernel(target.cores, _STEPS), target, [values],
+        [np.zeros((target.cores, _AMX_TILES, amx.ROWS, amx.ROWS), np.float32)],
+    )  # fmt: skip
+    secs = _best(call)
+    assert (results[0] == 2 * amx.PAIRS * _STEPS).all()
+    return target.cores * _AMX_TILES * _AMX_FLOPS * _STEPS / secs
 
 
 def _bandwidth(target: Target) -> tuple[float, float]:
@@ -162,6 +182,35 @@ def _dpbf16_kernel(cores: int, lanes: int, chains: int, steps: int) -> Any:
                         C[v, T.ramp(j * lanes, 1, lanes)] = acc[T.ramp(j * lanes, 1, lanes)]
 
     return main
+
+
+def _amx_kernel(cores: int, steps: int) -> Any:
+    """Each core multiplies the same tiles again and again: ``main(values (tile rows, values), sums)``."""
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.tirx.script.builder import ir as T
+
+    tiles, row_bytes = amx.Tiles(2 * amx.ROWS, _AMX_TILES // 2), 4 * amx.PAIRS
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("main")
+        values = T.arg("values", T.buffer((2 * amx.ROWS, 2 * amx.PAIRS), "uint16"))
+        sums = T.arg("sums", T.buffer((cores, _AMX_TILES, amx.ROWS, amx.ROWS), "float32"))
+        code = {"pragma_import_llvm": amx.llvm_ir([tiles])}
+        with T.sblock("root"), T.parallel(cores, annotations=code) as core, T.sblock("core"):
+            T.reads()
+            T.writes()
+            tiles.begin()
+            tiles.zero()
+            for n in range(2):
+                tiles.load(tiles.left(n), values[n * amx.ROWS, 0], row_bytes)
+                tiles.load(tiles.right(n), values[n * amx.ROWS, 0], row_bytes)
+            with T.serial(steps):
+                for i in range(2):
+                    for v in range(_AMX_TILES // 2):
+                        tiles.dot(i, v)
+            for n in range(_AMX_TILES):
+                tiles.store(tiles.sums(n // 2, n % 2), sums[core, n, 0, 0], row_bytes)
+            amx.end()
+    return builder.get()
 
 
 def _vpdpbusd_kernel(cores: int, lanes: int, chains: int, steps: int) -> Any:

@@ -10,7 +10,7 @@ from attntune.measure.buffers import GuardedArray, as_tensor, numpy_dtype
 from attntune.ops import Attention, Linear
 from attntune.target import native
 from attntune.templates import template_for
-from attntune.templates.cpu import bf16
+from attntune.templates.cpu import amx, bf16
 from attntune.templates.cpu.attention_bf16 import AttentionBf16CPU
 from attntune.templates.cpu.attention_decode import AttentionDecodeCPU
 from attntune.templates.lowering import build
@@ -37,7 +37,31 @@ def run(workload, template, config):
     return out.array.astype(np.float64), workload.reference(*inputs)[0]
 
 
-@pytest.mark.parametrize("widen", [False, True])
+#: The ways to multiply, by the knobs that choose them.
+WAYS = {
+    "pairs": {},
+    "widened": {"widen": True},
+    "tiles": {"amx": True},
+}
+
+
+def chosen(template, workload, way):
+    """The config most like the default that multiplies this way; skips where there is none."""
+    if "amx" in WAYS[way] and not amx.available(native()):
+        pytest.skip("this CPU lacks AMX")
+    wanted = {"widen": False, "amx": False, **WAYS[way]}
+    default = template.default(workload, TARGET)
+    space = [
+        config
+        for config in template.space(workload, TARGET)
+        if all(config.get(name, False) == value for name, value in wanted.items())
+    ]
+    if not space:
+        pytest.skip(f"{workload} has no {way}")
+    return max(space, key=lambda config: (sum(config[name] == default[name] for name in config), config.key()))
+
+
+@pytest.mark.parametrize("way", list(WAYS))
 @pytest.mark.parametrize(
     "workload",
     [
@@ -53,24 +77,28 @@ def run(workload, template, config):
         Attention(2, 6, 1, 77, 64, kv_heads=1, lengths="kv"),
         Attention(1, 10, 2, 45, 32, kv_heads=2, causal=True, layout="bhsd", softcap=5.0),
         Attention(4, 2, 131, 131, 16, packed=True, ragged=True),
+        Attention(3, 2, 67, 67, 64, packed=True, lengths="qkv", causal=True, mask=True),
+        Attention(1, 2, 300, 300, 128, causal=True, window=50),
+        Attention(1, 2, 19, 140, 96, bias_batch=1, bias_heads=2, scale=0.25, layout="bhsd"),
+        Attention(2, 4, 40, 40, 32, kv_heads=2, causal=True, softcap=5.0, alibi=True),
+        Attention(4, 2, 131, 131, 32, packed=True, ragged=True),
+        Attention(1, 1, 33, 700, 256),
     ],
     ids=str,
 )
-def test_native_attention_is_within_its_stated_error(workload, widen):
+def test_native_attention_is_within_its_stated_error(workload, way):
     workload = workload.replace(dtype="bfloat16")
     template = template_for(workload, TARGET)
     assert isinstance(template, AttentionBf16CPU | AttentionDecodeCPU)
-    config = template.default(workload, TARGET)
-    if isinstance(template, AttentionBf16CPU):
-        config = config.replace(widen=widen)
-    elif widen:
+    if isinstance(template, AttentionDecodeCPU) and way != "pairs":
         pytest.skip("decoding multiplies pairs only")
+    config = chosen(template, workload, way)
     found, expected = run(workload, template, config)
     # 1.1 · 2^-8 · Σ w |v - out|, with normal values at most about 4 from their mean; and the result's own rounding.
     np.testing.assert_allclose(found, expected, rtol=2.0**-8, atol=4 * 1.1 * 2.0**-8)
 
 
-@pytest.mark.parametrize("widen", [False, True])
+@pytest.mark.parametrize("way", list(WAYS))
 @pytest.mark.parametrize(
     "workload",
     [
@@ -79,17 +107,33 @@ def test_native_attention_is_within_its_stated_error(workload, widen):
         Linear(33, 70, 40, activation="silu", gated=True, bias=False),
         Linear(150, 96, 48, out_dtype="float32"),
         Linear(36, 40, 33, activation="relu", seq=12),
+        Linear(70, 64, 83, activation="gelu", residual=True),
+        Linear(37, 96, 40, activation="silu", gated=True, bias=False),
+        Linear(36, 64, 33, activation="relu", seq=12),
+        Linear(7, 32, 20),
     ],
     ids=str,
 )
-def test_linear_layers_either_way(workload, widen):
+def test_linear_layers_either_way(workload, way):
     workload = workload.replace(dtype="bfloat16")
     template = template_for(workload, TARGET)
-    for prefetch in (0, 16) if widen else (0,):
-        config = template.default(workload, TARGET).replace(widen=widen, prefetch=prefetch)
-        found, expected = run(workload, template, config)
+    config = chosen(template, workload, way)
+    for prefetch in (0, 16) if way == "widened" else (0,):
+        found, expected = run(workload, template, config.replace(prefetch=prefetch) if "prefetch" in config else config)
         rtol, atol = workload.tolerance()
         np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.skipif(not amx.available(native()), reason="this CPU lacks AMX")
+@pytest.mark.parametrize(("rows", "vectors"), [(16, 1), (16, 5), (32, 2), (48, 1)])
+def test_every_block_of_tiles(rows, vectors):
+    """Whole blocks, and the lower and narrower ones at the ends."""
+    workload = Linear(101, 64, 16 * 11 + 3, dtype="bfloat16", residual=True)
+    template = template_for(workload, TARGET)
+    config = template.default(workload, TARGET).replace(tile_rows=rows, tile_vectors=vectors, row_block=0)
+    found, expected = run(workload, template, config)
+    rtol, atol = workload.tolerance()
+    np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol)
 
 
 def test_an_odd_head_is_refused():

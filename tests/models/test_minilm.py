@@ -237,8 +237,8 @@ def test_newer_format(broken):
 
 def test_foreign_isa(broken):
     target = json.loads((broken / "manifest.json").read_text())["target"]
-    _edit(broken, target={**target, "name": "sapphirerapids", "features": ["amx-tile", *target["features"]]})
-    with pytest.raises(ArtifactError, match=r"sapphirerapids, whose ISA features \['amx-tile'\] this CPU lacks"):
+    _edit(broken, target={**target, "name": "sapphirerapids", "features": ["of-tomorrow", *target["features"]]})
+    with pytest.raises(ArtifactError, match=r"sapphirerapids, whose ISA features \['of-tomorrow'\] this CPU lacks"):
         load(broken)
 
 

@@ -18,6 +18,9 @@ _ONES = 0x3F803F80
 class _RoundedResults(AttentionKernel):
     """Operands and results are bfloat16; what is kept between them is float32."""
 
+    code = bf16.LLVM_IR
+    """LLVM IR that the kernel imports."""
+
     def _place(self, b: Any, h: Any, *rest: Any) -> None:
         super()._place(b, h, *rest)
         self.result = bf16.view(self.operand["out"], "uint16")
@@ -28,7 +31,7 @@ class _RoundedResults(AttentionKernel):
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
-        with T.attr(tirx.const(0, "int32"), "pragma_import_llvm", bf16.LLVM_IR):
+        with T.attr(tirx.const(0, "int32"), "pragma_import_llvm", self.code):
             super()._block()
 
     def _finish(self) -> None:
@@ -72,6 +75,8 @@ class AttentionBf16Kernel(_RoundedResults):
         super().__init__(w, target, config)
         self.pairs = w.head_dim // 2
         self.padded_dim = self.dim_vectors * self.lanes
+        #: Rows of values in pairs.
+        self.value_rows = self.key_block // 2 + 1
         self.factor = w.scaling * (1.0 if self.general else LOG2_E)
         plain = not (self.general or self.key_terms or self.pair_terms or w.weights)
         #: Whether scores are scaled where they are exponentiated, which is free.
@@ -92,7 +97,7 @@ class AttentionBf16Kernel(_RoundedResults):
         from tvm.tirx.script.builder import ir as T
 
         self.query_pairs = T.sblock_alloc_buffer((self.block_vectors, self.pairs, self.lanes), "int32")
-        self.value_pairs = T.sblock_alloc_buffer((self.key_block // 2 + 1, self.padded_dim), "int32")
+        self.value_pairs = T.sblock_alloc_buffer((self.value_rows, self.padded_dim), "int32")
         super()._block()
 
     def _transpose_queries(self) -> None:
@@ -157,10 +162,9 @@ class AttentionBf16Kernel(_RoundedResults):
                 T.buffer_store(self.value_pairs, pair, [n, whole * lanes + e])
 
     def _score_tile(self, at: Any, height: int, g: Any, vectors: int, best: Any, edge: bool) -> None:
-        from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
-        w, v, lanes = self.w, self.v, self.lanes
+        v, lanes = self.v, self.lanes
         acc = T.sblock_alloc_buffer((height, vectors, lanes), "float32", scope="local")
         at = at if isinstance(at, int) else T.bind(at)
         row = [T.bind(self.start + T.min(at + a, self.keys - 1)) if edge else self.start + at + a
@@ -176,20 +180,27 @@ class AttentionBf16Kernel(_RoundedResults):
                     v.store(acc, [a, k, 0], bf16.dot(v.load(acc, [a, k, 0]), query, key))
         for a in range(height):
             for k in range(vectors):
-                score = v.load(acc, [a, k, 0])
-                if not self.scaled_late:
-                    score = score * v.splat(self.factor)
-                if self.pair_terms:
-                    score = score + v.load(self.p, self._s(g + k, at + a))
-                if self.key_terms:
-                    score = score + v.broadcast(self.terms[at + a])
-                if edge and w.causal and not self.general:
-                    for allowed in self._visible(g + k, v.broadcast(self.start + at + a)):
-                        score = tirx.Select(allowed, score, v.splat(MASKED))
-                score = T.bind(score)
-                v.store(self.p, self._s(g + k, at + a), score)
-                if not self.general:
-                    v.store(best, [k, 0], T.max(v.load(best, [k, 0]), score))
+                self._finish_score(v.load(acc, [a, k, 0]), at + a, g, k, best, edge)
+
+    def _finish_score(self, score: Any, j: Any, g: Any, k: int, best: Any, edge: bool) -> None:
+        """Store the scores of key ``j`` of the block from their products: scaled, with what is added, masked."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        w, v = self.w, self.v
+        if not self.scaled_late:
+            score = score * v.splat(self.factor)
+        if self.pair_terms:
+            score = score + v.load(self.p, self._s(g + k, j))
+        if self.key_terms:
+            score = score + v.broadcast(self.terms[j])
+        if edge and w.causal and not self.general:
+            for allowed in self._visible(g + k, v.broadcast(self.start + j)):
+                score = tirx.Select(allowed, score, v.splat(MASKED))
+        score = T.bind(score)
+        v.store(self.p, self._s(g + k, j), score)
+        if not self.general:
+            v.store(best, [k, 0], T.max(v.load(best, [k, 0]), score))
 
     def _softmax(self, low: Any, high: Any, g: Any, vectors: int, best: Any, first: bool) -> None:
         """As inherited, in pairs: the exponentials of keys 2n and 2n + 1 go where the score of key n was."""

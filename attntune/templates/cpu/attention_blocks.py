@@ -45,6 +45,8 @@ class AttentionBlocks:
     """Scores, then their exponentials: see :meth:`_s`."""
     terms: Any
     """What every query adds to a key's score."""
+    tallest = TALLEST
+    """Rows of the tallest score tile of such a kernel."""
 
     def __init__(self, w: Attention, target: Target, config: Config) -> None:
         self.w = w
@@ -61,7 +63,7 @@ class AttentionBlocks:
         self.dim_vectors = math.ceil(w.head_dim / self.lanes)
         #: From one query vector to the next, in elements; an odd number of vectors, so not a multiple of 4 KiB.
         self.qt_stride = (w.head_dim + 1) * self.lanes
-        self.p_stride = _odd(self.key_block + TALLEST) * self.lanes
+        self.p_stride = _odd(self.key_block + self.tallest) * self.lanes
         #: Scores that are more than a sum of the product, a term for each key and one for each pair.
         self.general = bool(w.softcap or w.score_mod)
         self.key_terms = not self.general and (w.mask or w.alibi or bool(w.bias_heads and w.bias_q == 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attntune.ops.attention import FLOOR
-from attntune.templates.cpu.attention_blocks import LOG2_E, TALLEST, tile_for
+from attntune.templates.cpu.attention_blocks import LOG2_E, tile_for
 from attntune.templates.cpu.attention_scores import AttentionScores
 
 
@@ -20,7 +20,7 @@ class AttentionKernel(AttentionScores):
 
         w, v, lanes = self.w, self.v, self.lanes
         size, padded = self.block_vectors * lanes, self.dim_vectors * lanes
-        key_rows = self.key_block + TALLEST
+        key_rows = self.key_block + self.tallest
         self.qt = T.sblock_alloc_buffer((self.block_vectors * self.qt_stride,), "float32")
         self.p = T.sblock_alloc_buffer((self.block_vectors * self.p_stride,), "float32")
         self.out = T.sblock_alloc_buffer((size + self.out_rows, padded), "float32")
@@ -98,6 +98,12 @@ class AttentionKernel(AttentionScores):
             for left in sorted({count % whole for count in self.counts} - {0}):
                 with T.If(self.count % whole == left), T.Then():
                     self._group(self.count // whole * whole, left, first)
+        self._results(first)
+
+    def _results(self, first: bool) -> None:
+        """The block's weighted sums of values; ``first``: of its only block of keys."""
+        from tvm.tirx.script.builder import ir as T
+
         with T.serial((self.queries + (self.out_rows - 1)) // self.out_rows) as t:
             low, high = self._within(t * self.out_rows, self.out_rows)
             low, high = (x if isinstance(x, int) else self._known(x) for x in (low, high))
@@ -110,7 +116,7 @@ class AttentionKernel(AttentionScores):
         from tvm.tirx.script.builder import ir as T
 
         w, v, lanes = self.w, self.v, self.lanes
-        tile = tile_for(vectors, self.key_tile, self.vectors)
+        tile = self._tile_keys(vectors)
         best = T.sblock_alloc_buffer((vectors, lanes), "float32", scope="local")
         for k in range(vectors):
             v.store(best, [k, 0], v.load(self.top, [(g + k) * lanes]))
@@ -150,6 +156,10 @@ class AttentionKernel(AttentionScores):
         if w.weights:
             self._copy_scores(g, vectors)
         self._softmax(low, high, g, vectors, best, first)
+
+    def _tile_keys(self, vectors: int) -> int:
+        """Keys of a score tile of so many query vectors."""
+        return tile_for(vectors, self.key_tile, self.vectors)
 
     def _softmax(self, low: Any, high: Any, g: Any, vectors: int, best: Any, first: bool) -> None:
         """Exponentials of the keys ``low`` to ``high``; new maximum, sum, and ``alpha``: what old sums shrink by."""

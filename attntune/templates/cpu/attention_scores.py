@@ -6,7 +6,7 @@ from typing import Any
 
 from attntune.ops.attention import MASKED
 from attntune.ops.attention_expression import modified
-from attntune.templates.cpu.attention_blocks import LOG2_E, TALLEST, AttentionBlocks
+from attntune.templates.cpu.attention_blocks import LOG2_E, AttentionBlocks
 
 
 class AttentionScores(AttentionBlocks):
@@ -38,7 +38,7 @@ class AttentionScores(AttentionBlocks):
 
         with T.serial(self.keys) as j:
             T.buffer_store(self.terms, term(self.start + j), [j])
-        with T.serial(T.min(self.keys, 1) * TALLEST) as j:
+        with T.serial(T.min(self.keys, 1) * self.tallest) as j:
             T.buffer_store(self.terms, self.terms[self.keys - 1], [self.keys + j])
 
     def _fill_pairs(self, g: Any, vectors: int) -> None:
@@ -65,7 +65,7 @@ class AttentionScores(AttentionBlocks):
                 v.transpose(load, store)
             done = self.keys // lanes * lanes
             # Past the last key its bias is repeated, as the key itself is by a tile that reaches past it.
-            with T.serial(T.min(self.keys, 1) * (self.keys - done + (TALLEST - 1))) as j:
+            with T.serial(T.min(self.keys, 1) * (self.keys - done + (self.tallest - 1))) as j:
                 for lane in range(lanes):
                     value = bias[b, h, rows[lane], self.start + T.min(done + j, self.keys - 1)]
                     T.buffer_store(self.p, T.max(value, floor) * log2e, self._s(g + k, done + j, lane))

@@ -114,6 +114,9 @@ class LinearKernel:
     def _prepare_column(self, panels: Panels) -> None:
         """What is made of a column's panels before its tiles are multiplied."""
 
+    def _prepare_tiles(self, rows: int, panels: Panels) -> None:
+        """What goes before tiles of so many rows."""
+
     # -- tiles ---------------------------------------------------------------------------------------------------------
 
     def _tiles(self) -> None:
@@ -163,9 +166,11 @@ class LinearKernel:
 
         tiles, tail = divmod(rows, self.rows)
         if tiles:
+            self._prepare_tiles(self.rows, panels)
             with T.serial(tiles) as t:
                 tile(t * self.rows, self.rows)
         if tail:
+            self._prepare_tiles(tail, panels)
             tile(tiles * self.rows, tail)
 
     def _zeros(self, row: Any, rows: int, panels: Panels) -> None:
@@ -245,7 +250,7 @@ class LinearKernel:
 
     # -- epilogue ------------------------------------------------------------------------------------------------------
 
-    def _value(self, held: Callable[[int, int], Any], a: int, panels: Panels, v: int) -> Any:
+    def _value(self, held: Callable[[Any, int], Any], a: Any, panels: Panels, v: int) -> Any:
         """A vector of sums with its bias; ``v`` counts the panels of both parts."""
         at = self._part(panels, v) * self.lanes
         value = self._scaled(held(a, v), at)
@@ -258,31 +263,42 @@ class LinearKernel:
     def _from_registers(
         self, held: Callable[[int, int], Any], row: Any, rows: int, panels: Panels, valid: Any | None
     ) -> None:
+        for a in range(rows):
+            self._write_row(held, a, row, panels, None if valid is None else a < valid)
+
+    def _write_row(self, held: Callable[[Any, int], Any], a: Any, row: Any, panels: Panels, inside: Any | None) -> None:
+        """Row ``a`` of y from its sums, with no activation that needs memory."""
         from tvm.tirx.script.builder import ir as T
 
-        for a in range(rows):
-            for v in range(panels.count):
-                value = self._value(held, a, panels, v * self.parts)
-                if self.w.activation:
-                    value = T.max(value, self.v.splat(0.0))
-                if self.w.gated:
-                    value = value * self._value(held, a, panels, v * 2 + 1)
-                self._write(row + a, panels.at(v) * self.lanes, value, None if valid is None else a < valid)
+        for v in range(panels.count):
+            value = self._value(held, a, panels, v * self.parts)
+            if self.w.activation:
+                value = T.max(value, self.v.splat(0.0))
+            if self.w.gated:
+                value = value * self._value(held, a, panels, v * 2 + 1)
+            self._write(row + a, panels.at(v) * self.lanes, value, inside)
 
     def _through_memory(
         self, held: Callable[[int, int], Any], row: Any, rows: int, panels: Panels, valid: Any | None
     ) -> None:
         from tvm.tirx.script.builder import ir as T
 
-        from attntune.ops import math as tmath
-
-        w, lanes = self.w, self.lanes
-        stage = T.sblock_alloc_buffer((rows, panels.count * self.parts, lanes), "float32")
+        stage = T.sblock_alloc_buffer((rows, panels.count * self.parts, self.lanes), "float32")
         for a in range(rows):
             for v in range(panels.count * self.parts):
                 self.v.store(stage, [a, v, 0], self._value(held, a, panels, v))
-        with T.serial(rows) as a, T.unroll(panels.count) as v:
-            at, inside = v * self.parts, None if valid is None else a < valid
+        with T.serial(rows) as a:
+            self._finish_row(stage, a, row, panels, None if valid is None else a < valid)
+
+    def _finish_row(self, stage: Any, a: Any, row: Any, panels: Panels, inside: Any | None) -> None:
+        """Row ``a`` of y from its sums with their bias, in ``stage`` (rows, panels of both parts, lanes)."""
+        from tvm.tirx.script.builder import ir as T
+
+        from attntune.ops import math as tmath
+
+        w, lanes = self.w, self.lanes
+        with T.unroll(panels.count) as v:
+            at = v * self.parts
             if w.activation:
                 with T.vectorized(lanes) as lane:
                     T.buffer_store(stage, getattr(tmath, w.activation)(stage[a, at, lane]), [a, at, lane])
