@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 W = Double(1024)
 TARGET = native()
 OPTIONS = MeasureOptions(
-    warmup_secs=0.001, min_sample_secs=0.0005, samples=4, build_timeout_secs=3.0, run_timeout_secs=2.0,
+    warmup_secs=0.001, min_sample_secs=0.0005, samples=4, build_timeout_secs=10.0, run_timeout_secs=6.0,
     memory_limit_bytes=4 << 30, plugin_paths=(str(HELPERS),),
 )  # fmt: skip
 
@@ -179,7 +179,8 @@ def test_impossible_options_are_named():
 
 
 def test_close_leaves_no_process_and_no_files():
-    runner = LocalRunner(OPTIONS)
+    # Nothing hangs here, so nothing but a stalled machine takes long.
+    runner = LocalRunner(replace(OPTIONS, build_timeout_secs=60.0, run_timeout_secs=60.0))
     assert next(iter(runner.measure([trial("ok")]))).status is Status.CORRECT
     pids = [p.pid for p in psutil.Process().children(recursive=True)]
     mine = [process.pid for process in (*runner._builders, runner._timer) if process.pid]
