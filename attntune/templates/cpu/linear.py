@@ -159,33 +159,31 @@ class LinearCPU(ScheduleTemplate):
             height = block or w.rows
             tasks = math.ceil(panels / vectors) * math.ceil(w.rows / height)
             imbalance = math.ceil(tasks / target.cores) * target.cores / tasks
-            tiled = bool(config.get("amx", False))
-            if "amx" in config and tiled != (w.rows >= _AMX_ROWS):
-                imbalance *= 1000.0
-            column = sum(
-                (_amx_step_cost(h, width * parts) if tiled else _step_cost(h, width * parts, chains, target)) * times
+            tiles = [
+                (h, width * parts, times * count)
                 for h, times in _split(w.rows, rows)
-                for width, times in ((width, times * count) for width, count in _split(panels, vectors))
-            )
+                for width, count in _split(panels, vectors)
+            ]
             tails = 1.0 + 0.02 * bool(w.rows % rows) + 0.01 * bool(panels % vectors)
             unrolled = config.integer("k_unroll") * chains * (group if w.grouped else 1)
-            unrolling = 1.0 + 0.01 * abs(unrolled - (1 if tiled else 4 if w.rows > 1 else 8))
-            if (
-                not tiled
-                and w.activation not in ("", "relu")
-                and vectors < 4
-                and w.rows > _LATENCY
-                and target.fmas_per_cycle < 2
-            ):
+            streams = _stream_cost(vectors * parts, config) if w.rows <= _FEW_ROWS else 1.0
+            if "amx" in config and config["amx"] != (w.rows >= _AMX_ROWS):
+                return math.inf, config.key()
+            if config.get("amx", False):
+                column = sum(_amx_step_cost(h, width) * times for h, width, times in tiles)
+                unrolling = 1.0 + 0.01 * abs(unrolled - 1)
+                order = _amx_order_cost(w, config, target)
+                return column * imbalance * tails * unrolling * streams * order, config.key()
+            column = sum(_step_cost(h, width, chains, target) * times for h, width, times in tiles)
+            unrolling = 1.0 + 0.01 * abs(unrolled - (4 if w.rows > 1 else 8))
+            if w.activation not in ("", "relu") and vectors < 4 and w.rows > _LATENCY and target.fmas_per_cycle < 2:
                 # Short rows leave the activation's loop few vectors to overlap: on Zen 4, 8×3 was 7 % slower than 4×4
                 # and 4×6. On Emerald Rapids it is 5 to 10 % faster.
                 unrolling *= 1.1
-            streams = _stream_cost(vectors * parts, config) if w.rows <= _FEW_ROWS else 1.0
-            order = _amx_order_cost(w, config, target) if tiled else _row_order_cost(w, config, target)
-            widened = w.rows > _FEW_ROWS and bf16.slower_than_float32(target)
-            if "widen" in config and not tiled and config["widen"] != widened:
+            order = _row_order_cost(w, config, target)
+            if "widen" in config and config["widen"] != (w.rows > _FEW_ROWS and bf16.slower_than_float32(target)):
                 order *= 2.0
-            if not tiled and bool(config.get("prefetch", 0)) != (target.fmas_per_cycle >= 2):
+            if bool(config.get("prefetch", 0)) != (target.fmas_per_cycle >= 2):
                 order *= 1.01
             if w.grouped and config["unpack"] != (w.rows > _UNPACKED_ROWS):
                 order *= 2.0
