@@ -18,7 +18,7 @@ from attntune.host import host_features, host_triple, user_cache_dir
 from attntune.measure.worker import IsolatedProcess
 from attntune.target import Target
 
-_PEAKS_VERSION = 1
+_PEAKS_VERSION = 2
 _PEAKS_TIMEOUT_SECS = 120.0
 #: What a record says of a GPU: our name, nvidia-smi's.
 _GPU_FIELDS = {
@@ -149,7 +149,7 @@ def cached_peaks(target: Target, *, measure: bool = True, refresh: bool = False)
         refresh: measure in any case and remember the result.
     """
     path = user_cache_dir() / "peaks.json"
-    key = f"{_PEAKS_VERSION}|{cpu_model()}|{target.key()}"
+    key = "|".join((str(_PEAKS_VERSION), cpu_model(), target.key(), *target.features))
     known = _read_cache(path)
     if key in known and not refresh:
         return dict(known[key])

@@ -23,10 +23,10 @@ class AmxLinearKernel(LinearKernel):
     ) -> None:
         super().__init__(w, target, config, arithmetic, packed)
         whole = self.row_block or w.rows
-        extents = (whole, w.rows % whole, w.seq)
-        heights = {self.rows if extent >= self.rows else 0 for extent in extents} | {e % self.rows for e in extents}
-        widths = {min(self.vectors, self.panels), self.panels % self.vectors}
-        blocks = [amx.Tiles(rows, wide * self.parts) for rows in heights for wide in widths if rows and wide]
+        # Of a whole block of rows, the last, or a sequence: whole tiles and what is left.
+        heights = {self.rows, *(extent % self.rows for extent in (whole, w.rows % whole, w.seq))} - {0}
+        widths = {self.vectors, self.panels % self.vectors} - {0}
+        blocks = [amx.Tiles(rows, wide * self.parts) for rows in heights for wide in widths]
         code = self.imports.get("pragma_import_llvm", "")
         self.imports = {"pragma_import_llvm": code + amx.llvm_ir(blocks)}
 
