@@ -19,7 +19,7 @@ from attntune.templates.lowering import build
 
 _CHAINS = 12
 """Independent accumulators: more than latency × issue width of any core, and few enough to stay in registers."""
-_STEPS = 20_000
+_STEPS = 200_000
 _REPEATS = 12
 _MIN_BUFFER_BYTES = 64 * 1024**2
 
