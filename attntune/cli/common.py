@@ -28,7 +28,10 @@ DatabaseOption = Annotated[Path | None, typer.Option(help="Tuning records, a JSO
 PrecisionOption = Annotated[
     str, typer.Option(help="float32, bfloat16, int8 (weights; the rest bfloat16) or int4 (weights; the rest float32).")
 ]
-_SHAPES = typer.Option(help="Batch x sequence lengths, separated by commas: 1x128,8x128.")
+_SHAPES = typer.Option(
+    help="Batch x sequence length, of an encoder-decoder batch x source length x target length, separated by commas: "
+    "1x128,8x128 or 1x64x32. By name where that is not enough: 1x512xcontext=2048, batch=8."
+)
 ShapesOption = Annotated[str, _SHAPES]
 OptionalShapes = Annotated[str | None, _SHAPES]
 EntriesOption = Annotated[str | None, typer.Option(help="Entry points, such as forward,attend.")]
@@ -120,26 +123,28 @@ def note(text: str) -> None:
 def parse_shapes(text: str) -> list[dict[str, int]]:
     """``"1x128,8x128"`` as ``[{"batch": 1, "seq": 128}, {"batch": 8, "seq": 128}]``.
 
-    Other dimensions are given by name, ``"1x128xcontext=2048"``; with a name, batch and seq may be missing:
-    ``"batch=8"``.
+    Three numbers are those of an encoder-decoder: ``"1x64x32"`` as batch, source and target. Other dimensions are
+    given by name, ``"1x128xcontext=2048"``, or all of them: ``"batch=8"``, ``"batch=1xtarget=100"``.
 
     Raises:
-        InputError: naming the part that is not ``<batch>x<seq>`` with positive numbers.
+        InputError: naming the part that is none of these, with positive numbers.
     """
+    from attntune.models.shapes import PLACES
+
     shapes = []
     for part in text.split(","):
-        sizes: dict[str, int] = {}
-        for name, item in itertools.zip_longest(("batch", "seq"), re.split(r"(?<=\d)\s*[x\u00d7]\s*", part)):
-            if item is None and "=" in part:
-                break
-            match = re.fullmatch(r"\s*(?:([a-z]+)=)?([1-9]\d*)\s*", item or "")
-            if match is None or (match[1] or name) in (None, *sizes):
-                raise InputError(
-                    f"expected shapes such as 1x128,8x128 (batch x sequence length) or 1x128xcontext=2048, "
-                    f"got {part!r} in {text!r}"
-                )
-            sizes[match[1] or name] = int(match[2])
-        shapes.append(sizes)
+        found = [
+            re.fullmatch(r"\s*(?:([a-z]+)=)?([1-9]\d*)\s*", item) for item in re.split(r"(?<=\d)\s*[x\u00d7]\s*", part)
+        ]
+        plain = list(itertools.takewhile(lambda match: match is not None and match[1] is None, found))
+        places: Mapping[int, Sequence[str]] = {**PLACES, 1: ("batch",)} if len(plain) < len(found) else PLACES
+        names = [*places.get(len(plain), ()), *(match[1] for match in found[len(plain) :] if match is not None)]
+        if None in found or len(names) != len(found) or len(set(names) - {None}) != len(found):
+            raise InputError(
+                f"expected shapes such as 1x128,8x128 (batch x sequence length), 1x64x32 (batch x source length x "
+                f"target length) or 1x128xcontext=2048, got {part!r} in {text!r}"
+            )
+        shapes.append({name: int(match[2]) for name, match in zip(names, found, strict=True) if match is not None})
     return shapes
 
 

@@ -35,6 +35,8 @@ def open_model(
         InputError: a precision is asked of an artifact, which has its own.
     """
     import attntune
+    from attntune.models.precision import fitting
+    from attntune.target import Target
 
     existing(path, "an artifact or a model", ArtifactError)
     if (path / "manifest.json").is_file():
@@ -42,7 +44,8 @@ def open_model(
         if precision not in (None, tuned.manifest.get("precision", "float32")):
             raise InputError(f"{path} is compiled in {tuned.manifest['precision']}; run its model with --precision")
         return tuned, path
-    wanted = {"precision": precision or "float32", "entries": entries, "shapes": shapes}
+    asked = precision or "float32"
+    wanted = {"precision": asked, "entries": entries, "shapes": shapes}
     folder = _cached(path, wanted)
     if not (folder / "manifest.json").is_file():
         try:
@@ -51,6 +54,9 @@ def open_model(
             raise ArtifactError(f"{path} is not an attntune artifact, nor a model: {error}") from None
         note(f"compiling {model.name} once, into {folder}")
         attntune.compile(model, on_progress=note, **wanted).save(folder)  # type: ignore[arg-type]
+        return attntune.load(folder), folder
+    # Compiling says so itself.
+    fitting(asked, Target.parse("native"), note)
     return attntune.load(folder), folder
 
 

@@ -70,6 +70,7 @@ def tune(
                 cache="cold" if cold else "hot",
                 precision=precision,
                 on_event=progress,
+                on_progress=note,
             )
     except KeyboardInterrupt:
         note(f"interrupted; every finished trial is kept in {database}. Resume with:\n  {again}")

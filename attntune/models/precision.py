@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attntune.errors import ModelError
+from attntune.errors import ModelError, PrecisionWarning
 from attntune.models import int4
 from attntune.ops.linear import quantize_weight
 from attntune.ops.workload import as_dtype
@@ -52,6 +53,19 @@ def supported(precision: str, target: Target) -> tuple[str, str]:
             f"{target.name} lacks {', '.join(missing or ['512-bit vectors'])}: float32 instead of {precision}",
         )
     return precision, ""
+
+
+def fitting(precision: str, target: Target, tell: Callable[[str], None] | None = None) -> str:
+    """The precision that ``target`` runs in place of the one asked for, see :func:`supported`.
+
+    Where it is another, ``tell`` is called with the reason, or a :class:`PrecisionWarning` says it.
+    """
+    found, reason = supported(precision, target)
+    if reason and tell is not None:
+        tell(reason)
+    elif reason:
+        warnings.warn(reason, PrecisionWarning, stacklevel=3)
+    return found
 
 
 def at_precision(model: Model, precision: str) -> Model:
