@@ -11,7 +11,7 @@ import numpy as np
 
 from attntune.errors import ModelError
 from attntune.models import bert, decoder, g2p, gguf, gpt2, keras, llama, vit
-from attntune.models.config import integers
+from attntune.models.config import integers, unsupported
 from attntune.models.model import Model
 
 
@@ -122,6 +122,8 @@ def from_pretrained(path: str | Path) -> Model:
     family = fields.get("model_type")
     if family not in LOADERS:
         raise ModelError(f"{config_path}: model_type {family!r} is not supported; expected one of {sorted(LOADERS)}")
+    if quantized := fields.get("quantization_config"):
+        raise unsupported("quantization_config", quantized, "weights that are floats", str(config_path))
     model = LOADERS[family](fields, read_safetensors(directory), directory)
     model.directory = directory
     return model
