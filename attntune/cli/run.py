@@ -50,6 +50,9 @@ def run(
     from attntune.cli.open_model import open_model
     from attntune.cli.run_generation import Options, run_generation
 
+    options = Options(
+        max_new_tokens, temperature, top_k, top_p, seed, beams, length_penalty, tuple(stop or ()), chat, system
+    )  # fmt: skip
     given = [name for name, value in (("text", text), ("audio", audio), ("inputs", inputs)) if value]
     converses = chat and not given
     if len(given) != 1 and not converses:
@@ -59,15 +62,19 @@ def run(
     if attention is not None:
         from attntune.cli import attention as maps
 
-        if audio or converses:
-            raise InputError("expected --attention with --text or --inputs")
+        asked = [name for name in options.asked() if name != "--max-new-tokens"]
+        asked += [name for name, value in (("--entry", entry), ("--output", output)) if value is not None]
+        if converses or asked:
+            raise InputError(
+                f"expected --attention with --text, --audio or --inputs, and without {', '.join(asked or ['--chat'])}"
+            )
         arrays = None if inputs is None else read_arrays(inputs)
         path = existing(artifact, "an artifact or a model", ArtifactError)
-        return maps.attention(path, attention, text, arrays, tokenizer=tokenizer, query=query)
+        return maps.attention(
+            path, attention, text, audio, arrays, tokenizer=tokenizer, query=query, precision=precision,
+            max_new_tokens=max_new_tokens,
+        )  # fmt: skip
     named = None if tokenizer is None else existing(tokenizer, "a tokenizer.json")
-    options = Options(
-        max_new_tokens, temperature, top_k, top_p, seed, beams, length_penalty, tuple(stop or ()), chat, system
-    )  # fmt: skip
     tuned, folder = open_model(artifact, precision)
     if tuned.manifest.get("generation") and inputs is None and entry is None:
         from attntune.runtime.text import Codec

@@ -116,11 +116,12 @@ def _inputs(
         return [codec.encode(text) for text in texts], None
     if options.chat:
         raise InputError(f"expected no --chat: {tuned.manifest['name']} answers a source, not a conversation")
-    source = _heard(tuned, audio) if hears else codec.sources(texts)
+    source = heard(tuned, audio) if hears else codec.sources(texts)
     return [[] for _ in audio or texts], source
 
 
-def _heard(tuned: TunedModel, audio: Sequence[Path]) -> dict[str, np.ndarray]:
+def heard(tuned: TunedModel, audio: Sequence[Path]) -> dict[str, np.ndarray]:
+    """What an encoder reads of WAV files: ``input_features`` (batch, mels, frames) float32."""
     import numpy as np
 
     from attntune.models.audio import HOP, SAMPLE_RATE, log_mel, read_wav
