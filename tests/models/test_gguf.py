@@ -17,6 +17,7 @@ from attntune import cli
 from attntune.cli import open_model
 from attntune.compiler import compile
 from attntune.errors import ModelError
+from attntune.interop import export_onnx, verify_onnx
 from attntune.models import from_pretrained
 from attntune.models.precision import at_precision, supported
 from attntune.ops.grouped import ungrouped
@@ -272,6 +273,23 @@ WRITING = {"shapes": [{"batch": 1, "seq": 8, "context": 72}], "entries": ["prefi
 
 def test_smollm2_writes_what_pytorch_writes_token_for_token(smollm2_model):
     assert_it_writes_what_pytorch_writes(smollm2_model, compile(smollm2_model, **WRITING))
+
+
+@pytest.mark.parametrize("entry", ["prefill", "decode"])
+def test_smollm2s_onnx_twin_matches(smollm2_model, entry, tmp_path):
+    path = export_onnx(smollm2_model, tmp_path / "m.onnx", entry=entry)
+    shape = {"batch": 1, "seq": 3, "context": 8}
+    parity = verify_onnx(path, smollm2_model, entry=entry, shapes=(shape,), masks=("full",), threads=2)
+    assert parity.ok, parity.max_abs_error
+
+
+def test_command_line_draws_smollm2s_attention(capsys, smollm2, tmp_path):
+    words = ["--text", "The capital of France is", "--attention", f"{tmp_path}/m.png", "--query", "is"]
+    assert cli.main(["run", str(smollm2), *words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [token.strip("\u0120") for token in document["tokens"][0]] == ["The", "capital", "of", "France", "is"]
+    assert {found["token"] for found in document["top"]} == {"The", "capital", "of", "France"}
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_smollm2_at_4_bits_is_the_file_itself(smollm2_model, smollm2_at_int4):

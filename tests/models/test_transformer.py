@@ -1,6 +1,7 @@
 """The Transformer of 2017 with ANNalog's weights, against PyTorch from the checkpoint's own tensors."""
 
 import importlib.util
+import json
 import pickle
 from pathlib import Path
 
@@ -195,3 +196,18 @@ def test_a_vocabulary_that_lacks_a_token_is_named(directory, tmp_path):
     (tmp_path / "vocab.pkl").write_bytes(pickle.dumps({"itos": ["<pad>", "<eos>", "<unk>", "C"]}))
     with pytest.raises(ModelError, match=r"expected the tokens \['<sos>'\] in 'itos'"):
         from_pretrained(tmp_path)
+
+
+def test_command_line_draws_the_alignment(capsys, directory, tmp_path):
+    drawn = tmp_path / "m.html"
+    words = ["run", str(directory), "--text", "CCO", "--attention", str(drawn), "--query", "O", "--max-new-tokens", "8"]
+    assert cli.main([*words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    (written,) = document["tokens"]
+    assert "O" in written
+    assert {found["token"] for found in document["top"]} <= {"C", "O"}
+    page = drawn.read_text()
+    assert page.count("<section") == 3
+    assert "&lt;sos&gt;" in page
+    assert cli.main([*words, "--beams", "2"]) == 2
+    assert "without --beams" in capsys.readouterr().err
