@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attntune.errors import AttntuneError, InputError
+from attntune.errors import ArtifactError, AttntuneError, InputError
 
 if TYPE_CHECKING:
     from attntune.models import Model
@@ -154,7 +154,7 @@ def parse_names(text: str | None) -> list[str] | None:
 
 
 def load_model(source: str) -> Model:
-    """The model in a Hugging Face style directory, or of a hub id; raises :class:`ModelError`."""
+    """The model in a directory or file, of a hub id, or a preset; raises :class:`ModelError`."""
     from attntune import models
 
     return models.from_pretrained(source)
@@ -165,6 +165,16 @@ def existing(path: Path, what: str, error: type[AttntuneError] = InputError) -> 
     if not path.exists():
         raise error(f"expected {what} at {path}, found nothing there")
     return path
+
+
+def existing_model(path: Path) -> Path:
+    """``path`` of an artifact or a model, which may be ``preset:NAME`` too; raises :class:`ArtifactError`."""
+    return path if is_preset(path) else existing(path, "an artifact or a model", ArtifactError)
+
+
+def is_preset(path: Path) -> bool:
+    """Whether it names a preset."""
+    return str(path).startswith("preset:")
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

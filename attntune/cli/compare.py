@@ -21,7 +21,7 @@ _ENGINES = (
 
 
 def compare(
-    model: Annotated[str, typer.Argument(help="Model directory or hub id.")],
+    model: Annotated[str, typer.Argument(help="Model directory, file or hub id, or preset:NAME.")],
     artifact: Annotated[Path, typer.Argument(help="What `attntune compile` wrote of it.")],
     engines: Annotated[
         str | None,

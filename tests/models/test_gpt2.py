@@ -100,6 +100,22 @@ def test_names_without_their_prefix_and_buffers_of_masks_are_understood(tmp_path
     assert from_pretrained(write(tmp_path, GPT2, tensors)).weights["layers.1.feed_forward.up.weight"].shape == (192, 48)
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_checkpoint_of_pytorch_is_the_same_model(folder, tmp_path, shards):
+    (tmp_path / "config.json").write_text(json.dumps(GPT2))
+    tensors = {name: torch.from_numpy(value) for name, value in gpt2_tensors(GPT2).items()}
+    if shards == 1:
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    else:
+        places = {name: f"pytorch_model-{i % shards}.bin" for i, name in enumerate(tensors)}
+        for file in set(places.values()):
+            torch.save({name: tensors[name] for name, at in places.items() if at == file}, tmp_path / file)
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    found, expected = from_pretrained(tmp_path).weights, from_pretrained(folder).weights
+    assert list(found) == list(expected)
+    assert all(np.array_equal(found[name], expected[name]) for name in found)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

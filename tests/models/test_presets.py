@@ -1,13 +1,19 @@
 """``transformer-base`` and ``transformer-big`` at the paper's sizes, seeded weights, against ``torch.nn``'s layers."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from attntune import cli
+from attntune.cli import open_model
 from attntune.compiler import compile
+from attntune.errors import ModelError
 from attntune.interop import export_onnx, verify_onnx
-from attntune.models.transformer import PRESETS, random_model
+from attntune.models import from_pretrained, preset
+from attntune.models.transformer import PRESETS
 from attntune.runtime.tuned_model import TunedModel
 
 #: Parameters in millions, table 3 of the paper.
@@ -72,18 +78,46 @@ class Oracle:
 
 @pytest.fixture(scope="module", params=sorted(PRESETS))
 def model(request):
-    return random_model(PRESETS[request.param], request.param)
+    return from_pretrained(f"preset:{request.param}")
+
+
+#: Of the larger preset only what every entry has in common: it is the same graph.
+ENTRIES = {"transformer-base": ("encode", "prefill", "decode", "forward"), "transformer-big": ("forward",)}
 
 
 @pytest.fixture(scope="module")
 def tuned(model):
-    shapes = [(1, 8, 8), {"batch": 2, "source": 8, "target": 8, "seq": 1}]
-    return TunedModel(compile(model, shapes=shapes, entries=["encode", "prefill", "decode", "forward"]))
+    return TunedModel(compile(model, shapes=[(4, 8, 8)], entries=ENTRIES[model.name]))
+
+
+@pytest.fixture
+def writing(tuned):
+    if "decode" not in tuned.entries:
+        pytest.skip("the larger preset has the same graph")
+    return tuned
 
 
 @pytest.fixture(scope="module")
 def oracle(model):
     return Oracle(model)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_command_line_writes_token_ids(capsys, monkeypatch, writing, tmp_path, beams):
+    """A preset has no tokenizer: ids go in and come out."""
+    monkeypatch.setattr(open_model, "open_model", lambda path, precision=None: (writing, writing.folder))
+    source = {"input_ids": SOURCE[:1], "source_lengths": LENGTHS[:1]}
+    np.savez(tmp_path / "ids.npz", **source)
+    words = ["--inputs", f"{tmp_path}/ids.npz", "--max-new-tokens", "7", "--beams", str(beams), "--json"]
+    assert cli.main(["run", f"preset:{writing.manifest['name']}", *words]) == 0
+    expected = writing.generate([[]], source=source, max_new_tokens=7, beams=beams)
+    assert json.loads(capsys.readouterr().out)["tokens"] == expected.tokens
+
+
+def test_a_preset_that_there_is_not_is_named():
+    with pytest.raises(ModelError, match=r"unknown preset 'transformer-huge'; expected one of .*'transformer-base'"):
+        from_pretrained("preset:transformer-huge")
+    assert preset("minilm-l6").family == "bert"
 
 
 def test_it_has_the_papers_size(model):
@@ -99,18 +133,18 @@ def test_logits_match_pytorchs_layers(tuned, oracle):
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
-def test_greedy_is_pytorchs_and_a_batch_is_one_by_one(tuned, oracle):
+def test_greedy_is_pytorchs_and_a_batch_is_one_by_one(writing, oracle):
     source = {"input_ids": SOURCE, "source_lengths": LENGTHS}
-    together = tuned.generate([[], []], source=source, max_new_tokens=7).tokens
+    together = writing.generate([[], []], source=source, max_new_tokens=7).tokens
     for row, tokens in enumerate(together):
         length = int(LENGTHS[row])
         own = {"input_ids": SOURCE[row : row + 1, :length], "source_lengths": LENGTHS[row : row + 1]}
-        assert tuned.generate([[]], source=own, max_new_tokens=7).tokens == [tokens]
+        assert writing.generate([[]], source=own, max_new_tokens=7).tokens == [tokens]
         written = [1]
         while len(written) < 8:
             written.append(int(oracle(own["input_ids"], own["source_lengths"], np.array([written]))[0, -1].argmax()))
         assert tokens == (written[1 : written.index(2)] if 2 in written else written[1:])
-    assert tuned.generate([[]], source=own, max_new_tokens=7, beams=3).scores[0] < 0.0
+    assert writing.generate([[]], source=own, max_new_tokens=7, beams=3).scores[0] < 0.0
 
 
 @pytest.mark.parametrize("entry", ["encode", "prefill", "decode", "forward"])
