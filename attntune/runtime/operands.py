@@ -26,7 +26,15 @@ def described(operand: Any) -> Any:
 
 
 class Given:
-    """An operand as it is described: library, dtype by name, shape, strides in elements."""
+    """An operand as it is described: library, dtype by name, shape, strides in elements.
+
+    Args:
+        name: of the parameter, for errors.
+        operand: a NumPy array or a torch tensor on the CPU.
+
+    Raises:
+        InputError: it is neither, or a sparse tensor.
+    """
 
     def __init__(self, name: str, operand: Any) -> None:
         self.name = name
@@ -72,7 +80,11 @@ def _is_torch_tensor(operand: Any) -> bool:
 class Operand:
     """One input: read where it lies if it may be, else copied into a buffer that is kept from call to call.
 
-    ``fill(buffer, array)`` writes the operand into the buffer as the kernel wants it.
+    Args:
+        shape: of the kernel's argument.
+        dtype: of the kernel's argument, by name.
+        fill: ``fill(buffer, array)`` writes the operand into the buffer as the kernel wants it.
+        in_place: whether the operand lies as the kernel wants it.
     """
 
     def __init__(
@@ -88,7 +100,10 @@ class Operand:
         self._buffer: np.ndarray | None = None
 
     def bind(self, operand: Any, address: int) -> None:
-        """Point the kernel's argument at the operand, or at a copy of it. Runs on the kernel thread."""
+        """Point the kernel's argument at the operand, or at a copy of it. Runs on the kernel thread.
+
+        An operand that starts elsewhere than at a multiple of 64 bytes is copied; ``address`` is where it starts.
+        """
         if self._in_place and address % ALIGNMENT == 0:
             self.slot.point_at(address)
             return

@@ -217,6 +217,16 @@ def _hugging_face_tensors(model):
     return tensors
 
 
+def test_smollm2_knows_the_capital_of_france(smollm2_in_chunks):
+    """As a text to write on, and as what the answer to a question begins with."""
+    model, tuned = smollm2_in_chunks
+    codec = Codec(model.directory)
+    question = codec.chat([{"role": "user", "content": "What is the capital of France?"}])
+    for prompt in (codec.encode("The capital of France is"), [*question, *codec.encode("The capital of France is")]):
+        (tokens,) = tuned.generate([prompt], max_new_tokens=2).tokens
+        assert codec.decode(tokens) == " Paris."
+
+
 def test_a_conversation_is_answered_as_if_it_were_read_again(smollm2_in_chunks, monkeypatch, capsys):
     model, tuned = smollm2_in_chunks
     monkeypatch.setattr(open_model, "open_model", lambda path, precision=None: (tuned, model.directory))

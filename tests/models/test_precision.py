@@ -97,6 +97,24 @@ def test_without_progress_it_is_a_warning():
         attntune.compile(tiny_bert(), shapes=[(1, 8)], target="x86-64-v3", precision="bfloat16")
 
 
+def test_run_says_so_every_time(capsys, monkeypatch, tmp_path):
+    from checkpoints import GPT2, gpt2_tensors, write
+
+    from attntune.cli.open_model import open_model
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        "attntune.models.precision.supported", lambda precision, target: ("float32", "this CPU lacks it")
+    )
+    folder = write(tmp_path / "gpt2", GPT2, gpt2_tensors(GPT2))
+    for compiled in (1, 0):
+        tuned, _ = open_model(folder, "bfloat16", entries=["forward"], shapes=[{"batch": 1, "seq": 4}])
+        assert tuned.manifest["precision"] == "float32"
+        said = capsys.readouterr().err
+        assert said.count("this CPU lacks it") == 1
+        assert said.count("compiling") == compiled
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_tuning_for_a_cpu_without_the_instructions_is_for_float32_and_says_so(tmp_path, told):
     reason = "x86-64-v3 lacks avx512bf16, avx512vnni: float32 instead of int8"
