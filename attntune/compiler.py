@@ -80,7 +80,8 @@ def compile(
         entries: entry points to compile; all by default.
         precision: one of :data:`attntune.models.precision.PRECISIONS`, see
             :func:`attntune.models.precision.at_precision`; inputs and outputs stay what they are. A target without the
-            instructions gets another, and ``on_progress`` is told, or a :class:`PrecisionWarning` given.
+            instructions, or a model without the kernels, gets another, and ``on_progress`` is told, or a
+            :class:`PrecisionWarning` given.
         cuda_code: for CUDA, what the artifact carries: ``"cubin"``, for devices of the target's compute capability;
             ``"ptx"``, which the driver of newer ones assembles too; or ``"source"``, which takes nvcc to load.
         on_progress: called with a line at each stage.
@@ -92,7 +93,7 @@ def compile(
     if cuda_code not in CODES:
         raise CompileError(f"expected cuda_code to be one of {CODES}, got {cuda_code!r}")
     say = on_progress or (lambda line: None)
-    model = at_precision(model, fitting(precision, target, on_progress))
+    model = at_precision(model, fitting(precision, target, on_progress, model))
     buckets = _shapes(model, shapes)
     chosen = tuple(entries or (name for name, entry in model.entries.items() if not entry.on_request))
     kernels = _choose(model, target, database, buckets, chosen)

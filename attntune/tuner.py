@@ -336,7 +336,7 @@ def _at_precision(model: Any, precision: str, target: Target, tell: Callable[[st
 
     if not hasattr(model, "workloads"):
         raise TuningError("expected a precision only with a model: a workload's dtypes are fixed")
-    return at_precision(model, fitting(precision, target, tell))
+    return at_precision(model, fitting(precision, target, tell, model))
 
 
 def _workloads(

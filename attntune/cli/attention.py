@@ -87,9 +87,7 @@ def attention(
     source = Source(path, texts, audio, arrays, tokenizer, precision, max_new_tokens)
     with _opened(source) as tuned:
         names = [spec["name"] for spec in tuned.require(ENTRY)["inputs"]]
-        if ("input_features" in names) != bool(audio) and arrays is None:
-            expected = "--audio FILE.wav" if "input_features" in names else "--text"
-            raise InputError(f"expected {expected} or --inputs: {tuned.manifest['name']} reads nothing else")
+        _check_read(source, tuned.manifest["name"], names)
         writes = arrays is None and "decoder_input_ids" in names
         given, rows = _written(tuned, source) if writes else _read(tuned, source)
         found = tuned.run(ENTRY, **given)
@@ -117,6 +115,13 @@ def attention(
     return Reply(document, "\n".join(lines))
 
 
+def _check_read(source: Source, name: str, inputs: Sequence[str]) -> None:
+    """Raise :class:`InputError` where a model that reads ``inputs`` is given texts for sounds, or the reverse."""
+    if source.arrays is None and ("input_features" in inputs) != bool(source.audio):
+        expected = "--audio FILE.wav" if "input_features" in inputs else "--text"
+        raise InputError(f"expected {expected} or --inputs: {name} reads nothing else")
+
+
 @contextmanager
 def _opened(source: Source) -> Iterator[TunedModel]:
     """An artifact as it is; a model compiled, for the inputs' own shape where its tokenizer is at hand."""
@@ -130,6 +135,7 @@ def _opened(source: Source) -> Iterator[TunedModel]:
     if ENTRY not in model.entries:
         raise InputError(f"{model.name} has no attention to draw; its entries are {sorted(model.entries)}")
     entry = model.entry(ENTRY)
+    _check_read(source, model.name, [spec.name for spec in entry.inputs])
     with tempfile.TemporaryDirectory() as folder:
         entries, shape = [ENTRY], {}
         tokenizer = _tokenizer(model, source, Path(folder))

@@ -44,8 +44,8 @@ def open_model(
         if precision not in (None, tuned.manifest.get("precision", "float32")):
             raise InputError(f"{path} is compiled in {tuned.manifest['precision']}; run its model with --precision")
         return tuned, path
-    asked = precision or "float32"
-    wanted = {"precision": asked, "entries": entries, "shapes": shapes}
+    fit = fitting(precision or "float32", Target.parse("native"), note)
+    wanted = {"precision": fit, "entries": entries, "shapes": shapes}
     folder = _cached(path, wanted)
     if not (folder / "manifest.json").is_file():
         try:
@@ -55,9 +55,10 @@ def open_model(
         note(f"compiling {model.name} once, into {folder}")
         attntune.compile(model, on_progress=note, **wanted).save(folder)  # type: ignore[arg-type]
         return attntune.load(folder), folder
-    # Compiling says so itself.
-    fitting(asked, Target.parse("native"), note)
-    return attntune.load(folder), folder
+    tuned = attntune.load(folder)
+    if tuned.manifest["precision"] != fit:  # compiling would have said why
+        note(f"{tuned.manifest['name']} computes {tuned.manifest['precision']} instead of {fit}")
+    return tuned, folder
 
 
 def _cached(path: Path, wanted: Mapping[str, object]) -> Path:

@@ -104,6 +104,17 @@ def test_the_tokenizer_and_chat_template_come_along(tmp_path):
     assert model.generation.stop == (96,)
 
 
+def test_command_line_draws_what_its_tokens_attend_to(capsys, tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf")
+    words = ["--text", "he heap", "--attention", f"{tmp_path}/m.png", "--query", "a", "--json"]
+    assert cli.main(["run", str(path), *words]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["tokens"] == [["he", "\u0120he", "a", "p"]]
+    # No query sees what comes after it.
+    assert {found["token"]: found["weight"] > 0 for found in document["top"]} == {"he": True, "p": False}
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -285,21 +296,13 @@ def test_smollm2_writes_what_pytorch_writes_token_for_token(smollm2_model):
     assert_it_writes_what_pytorch_writes(smollm2_model, compile(smollm2_model, **WRITING))
 
 
-@pytest.mark.parametrize("entry", ["prefill", "decode"])
-def test_smollm2s_onnx_twin_matches(smollm2_model, entry, tmp_path):
-    path = export_onnx(smollm2_model, tmp_path / "m.onnx", entry=entry)
-    shape = {"batch": 1, "seq": 3, "context": 8}
-    parity = verify_onnx(path, smollm2_model, entry=entry, shapes=(shape,), masks=("full",), threads=2)
+def test_smollm2s_onnx_twin_takes_and_gives_its_cache(smollm2_model, tmp_path):
+    path = export_onnx(smollm2_model, tmp_path / "m.onnx", entry="decode")
+    parity = verify_onnx(
+        path, smollm2_model, entry="decode", shapes=({"batch": 1, "context": 8},), masks=("full",), threads=2
+    )
+    assert {case.output for case in parity.cases} >= {"logits", "next_key_cache.29", "next_value_cache.0"}
     assert parity.ok, parity.max_abs_error
-
-
-def test_command_line_draws_smollm2s_attention(capsys, smollm2, tmp_path):
-    words = ["--text", "The capital of France is", "--attention", f"{tmp_path}/m.png", "--query", "is"]
-    assert cli.main(["run", str(smollm2), *words, "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert [token.strip("\u0120") for token in document["tokens"][0]] == ["The", "capital", "of", "France", "is"]
-    assert {found["token"] for found in document["top"]} == {"The", "capital", "of", "France"}
-    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_smollm2_at_4_bits_is_the_file_itself(smollm2_model, smollm2_at_int4):

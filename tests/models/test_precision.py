@@ -97,6 +97,21 @@ def test_without_progress_it_is_a_warning():
         attntune.compile(tiny_bert(), shapes=[(1, 8)], target="x86-64-v3", precision="bfloat16")
 
 
+def test_a_model_without_the_kernels_compiles_float32_and_is_told():
+    from attntune.models.rnn import RNNConfig, random_model
+
+    model = random_model(RNNConfig(11, 13, 6, 7, 5, 9, attention=True))
+    for precision, found in (("bfloat16", "float32"), ("int8", "float32"), ("int4", "int4")):
+        lines = []
+        artifact = attntune.compile(
+            model, shapes=[(1, 4, 4)], entries=["decode"], target="znver4", precision=precision,
+            on_progress=lines.append,
+        )  # fmt: skip
+        assert artifact.manifest["precision"] == found
+        told = f"rnn: additive_attention, gru_sequence compute float32 only: float32 instead of {precision}"
+        assert (told in lines) == (found != precision)
+
+
 def test_run_says_so_every_time(capsys, monkeypatch, tmp_path):
     from checkpoints import GPT2, gpt2_tensors, write
 
@@ -104,7 +119,8 @@ def test_run_says_so_every_time(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(
-        "attntune.models.precision.supported", lambda precision, target: ("float32", "this CPU lacks it")
+        "attntune.models.precision.supported",
+        lambda precision, target: ("float32", "" if precision == "float32" else "this CPU lacks it"),
     )
     folder = write(tmp_path / "gpt2", GPT2, gpt2_tensors(GPT2))
     for compiled in (1, 0):

@@ -134,7 +134,7 @@ def test_logits_and_greedy_are_pytorchs(model, tensors, wav, tmp_path):
     generation = model.generation
     written = list(generation.start)
     while written[-1] not in generation.stop:
-        scores = decode(written)[-1]
+        scores = decode(written)[-1].clone()
         scores[list(generation.suppress)] = -torch.inf
         if len(written) == len(generation.start):
             scores[list(generation.suppress_first)] = -torch.inf
@@ -169,7 +169,7 @@ def test_command_line_draws_what_it_hears(capsys, directory, wav, tmp_path):
 @pytest.mark.parametrize("entry", ["encode", "prefill", "decode", "forward"])
 def test_the_onnx_twin_of_every_entry_matches(model, entry, tmp_path):
     path = export_onnx(model, tmp_path / "m.onnx", entry=entry)
-    parity = verify_onnx(path, model, entry=entry, shapes=({"batch": 1, "seq": 3, "context": 12},))
+    parity = verify_onnx(path, model, entry=entry, shapes=({"batch": 1, "seq": 3, "context": 12},), masks=("full",))
     assert parity.ok, (entry, parity.max_abs_error)
 
 
