@@ -295,7 +295,7 @@ def _by_time(outputs: Mapping[str, np.ndarray], audio: Sequence[Path]) -> tuple[
             value = np.add.reduceat(value, starts, axis=-2) / counts[:, None].astype(value.dtype)
         made[name] = value
     counts_ = [max(1, math.ceil(secs / row_secs / every)) for secs in heard_secs]
-    return made, [[f"{at * every * row_secs:.1f} s" for at in range(count)] for count in counts_]
+    return made, [[f"{at * every * row_secs:.2f} s" for at in range(count)] for count in counts_]
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
