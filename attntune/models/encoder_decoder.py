@@ -125,7 +125,7 @@ def build(
         default_dims={"context": config.positions},
         shapes=tuple(shapes),
         generation=generation,
-        prompts=tuple(sorted({shape["seq"] for shape in shapes})),
+        prompts=tuple(sorted({shape["seq"] for shape in shapes})) or (1,),
     )
 
 

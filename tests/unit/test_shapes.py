@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from attntune.errors import InputError, ModelError
-from attntune.models import bert, decoder, rnn, transformer
+from attntune.models import bert, decoder, encoder_decoder, rnn, transformer
 from attntune.models.shapes import by_name
 
 TINY = dataclasses.replace(
@@ -54,6 +54,12 @@ def test_a_target_is_what_each_entry_makes_of_it(kind, given, expected):
     model = MODELS[kind]()
     shape = model.named_shape({"batch": 2, "source": 9, "target": 18, **given})
     assert {entry: model.entry_shapes([shape], entry) for entry in expected} == expected
+
+
+def test_without_shapes_of_its_own_a_target_is_read_one_by_one():
+    model = encoder_decoder.build(TINY, {}, "tiny", family="transformer", generation=None, shapes=())
+    (dims,) = model.entry_shapes([model.named_shape((1, 4, 7))], "prefill")
+    assert dims == {"batch": 1, "source": 4, "context": 7, "seq": 1}
 
 
 def test_a_short_target_is_read_at_once():
