@@ -288,7 +288,8 @@ class Model:
             limit = limits.get(name)
             if value < 1 or (limit is not None and value > limit):
                 allowed = f"between 1 and {limit}" if limit is not None else "of at least 1"
-                raise ModelError(f"{self.name}: expected {name} {allowed}, got {value}")
+                advice = "" if {"source", "target"} & set(dims) else self._advice()
+                raise ModelError(f"{self.name}: expected {name} {allowed}, got {value}{advice}")
 
 
 def _raise_calls(function: Any, parameter_names: list[str], outputs: list[str]) -> tuple[OpCall, ...]:

@@ -71,6 +71,7 @@ def test_a_short_target_is_read_at_once():
     ("kind", "shape", "message"),
     [
         ("transformer", (1, 8), r"expected values for \['source'\] of entry 'encode'.*source length x target length"),
+        ("transformer", (1, 21), "expected seq between 1 and 20, got 21; give batch x source length x target length"),
         ("transformer", (1, 17, 8), "expected source between 1 and 16, got 17"),
         ("transformer", (1, 16, 21), "expected target between 1 and 20, got 21"),
         ("transformer", (0, 16, 20), "expected batch of at least 1, got 0"),
