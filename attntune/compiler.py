@@ -16,7 +16,8 @@ import numpy as np
 
 from attntune.errors import CompileError
 from attntune.models.model import Model, bind
-from attntune.models.precision import at_precision, supported
+from attntune.models.precision import at_precision, fitting
+from attntune.models.shapes import Shape
 from attntune.ops import TensorSpec, Workload
 from attntune.runtime.artifact import LIBRARY, WEIGHTS, Artifact, seal, write_weights
 from attntune.runtime.cuda import CODES
@@ -29,8 +30,6 @@ _CALL_COST_FLOPS = 4e7
 
 _BATCHES = (1, 2, 4, 8)
 _LENGTHS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
-
-Shape = Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def compile(
     *,
     target: str | Target = "native",
     database: Any = None,
-    shapes: Sequence[Shape | tuple[int, int]] | None = None,
+    shapes: Sequence[Shape] | None = None,
     entries: Sequence[str] | None = None,
     precision: str = "float32",
     cuda_code: str = "cubin",
@@ -75,11 +74,14 @@ def compile(
         target: see :meth:`Target.parse`.
         database: journal path or paths, or a :class:`attntune.database.query.Database`; shipped schedules are used
             after it, and analytic defaults where nothing is known.
-        shapes: the (batch, seq) buckets to compile; by default batches 1, 2, 4 and 8 by lengths up to the model's.
+        shapes: the buckets to compile: (batch, seq), of an encoder-decoder (batch, source, target), or sizes by name,
+            see :meth:`Model.named_shape`. By default those of the model's family, or batches 1, 2, 4 and 8 by lengths
+            up to the model's.
         entries: entry points to compile; all by default.
         precision: one of :data:`attntune.models.precision.PRECISIONS`, see
             :func:`attntune.models.precision.at_precision`; inputs and outputs stay what they are. A target without the
-            instructions gets another, and ``on_progress`` is told.
+            instructions, or a model without the kernels, gets another, and ``on_progress`` is told, or a
+            :class:`PrecisionWarning` given.
         cuda_code: for CUDA, what the artifact carries: ``"cubin"``, for devices of the target's compute capability;
             ``"ptx"``, which the driver of newer ones assembles too; or ``"source"``, which takes nvcc to load.
         on_progress: called with a line at each stage.
@@ -91,10 +93,7 @@ def compile(
     if cuda_code not in CODES:
         raise CompileError(f"expected cuda_code to be one of {CODES}, got {cuda_code!r}")
     say = on_progress or (lambda line: None)
-    precision, reason = supported(precision, target)
-    if reason:
-        say(reason)
-    model = at_precision(model, precision)
+    model = at_precision(model, fitting(precision, target, on_progress, model))
     buckets = _shapes(model, shapes)
     chosen = tuple(entries or (name for name, entry in model.entries.items() if not entry.on_request))
     kernels = _choose(model, target, database, buckets, chosen)
@@ -132,22 +131,21 @@ def default_shapes(model: Model) -> list[dict[str, int]]:
     return [{"batch": batch, "seq": length} for batch in _BATCHES for length in lengths]
 
 
-def _shapes(model: Model, shapes: Sequence[Shape | tuple[int, int]] | None) -> list[dict[str, int]]:
+def _shapes(model: Model, shapes: Sequence[Shape] | None) -> list[dict[str, int]]:
     if shapes is None:
         return default_shapes(model)
     if not shapes:
         raise CompileError("expected at least one shape to compile")
     found = []
     for shape in shapes:
-        dims = dict(shape) if isinstance(shape, Mapping) else dict(zip(("batch", "seq"), shape, strict=True))
-        model.check_dims(dims)
+        dims = model.named_shape(shape)
         if dims not in found:
             found.append(dims)
     return found
 
 
 def _choose(
-    model: Model, target: Target, database: Any, buckets: Sequence[Shape], entries: Sequence[str]
+    model: Model, target: Target, database: Any, buckets: Sequence[Mapping[str, int]], entries: Sequence[str]
 ) -> dict[Workload, Kernel]:
     """The schedule of every distinct workload."""
     from attntune.database.query import Database
@@ -214,7 +212,7 @@ def _lower(
     model: Model,
     target: Target,
     kernels: Mapping[Workload, Kernel],
-    buckets: Sequence[Shape],
+    buckets: Sequence[Mapping[str, int]],
     entries: Sequence[str],
 ) -> tuple[Any, list[dict[str, Any]]]:
     """A Relax module with one function per entry and bucket, calling scheduled kernels; and the manifest's rows."""
@@ -244,7 +242,13 @@ def _lower(
 
 
 def _emit_function(
-    builder: Any, name: str, model: Model, entry: str, dims: Shape, target: Target, variables: Mapping[Workload, Any]
+    builder: Any,
+    name: str,
+    model: Model,
+    entry: str,
+    dims: Mapping[str, int],
+    target: Target,
+    variables: Mapping[Workload, Any],
 ) -> float:
     """Emit one entry at one shape; returns its floating-point operations."""
     from tvm import relax

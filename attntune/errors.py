@@ -69,3 +69,7 @@ class EngineError(AttntuneError):
 
 class ReportError(AttntuneError):
     """A report cannot be written from the given records or comparisons."""
+
+
+class PrecisionWarning(UserWarning):
+    """A target lacks the instructions of the precision that was asked for, and another is used."""

@@ -20,10 +20,9 @@ from attntune.errors import InputError
 from attntune.kernel_cache import KernelCache
 from attntune.measure.buffers import numpy_dtype
 from attntune.ops.attention import MASKED, Attention
-from attntune.runtime.artifact import ALIGNMENT
 from attntune.runtime.dltensor import TensorSlot
-from attntune.runtime.inputs import aligned_zeros
 from attntune.runtime.kernel_thread import KERNEL_THREAD
+from attntune.runtime.operands import Given, Operand, described, empty
 
 __all__ = ["clear_cache", "scaled_dot_product_attention"]
 
@@ -83,7 +82,7 @@ def scaled_dot_product_attention(
     options = (dropout_p, is_causal, scale, enable_gqa, return_weights)
     signature: Any
     try:
-        signature = (_described(query), _described(key), _described(value), _described(attn_mask), options)
+        signature = (described(query), described(key), described(value), described(attn_mask), options)
         call = _calls.get(signature)
     except (AttributeError, RuntimeError):  # neither an array nor a dense tensor: _prepare says what is wrong
         signature = call = None
@@ -101,60 +100,7 @@ def clear_cache() -> int:
     return _KERNELS.clear()
 
 
-def _described(operand: Any) -> Any:
-    """What of an operand decides how it is handled; hashable."""
-    if operand is None:
-        return None
-    if isinstance(operand, np.ndarray):
-        return operand.dtype, operand.shape, operand.strides
-    return operand.dtype, operand.shape, operand.stride(), operand.requires_grad, operand.is_cpu
-
-
 # -- once per description ----------------------------------------------------------------------------------------------
-
-
-class _Given:
-    """An operand as it is described: library, dtype by name, shape, strides in elements."""
-
-    def __init__(self, name: str, operand: Any) -> None:
-        self.name = name
-        self.torch = type(operand).__module__.split(".")[0] == "torch" or _is_torch_tensor(operand)
-        if self.torch:
-            if not operand.is_cpu:
-                raise InputError(f"expected {name} to be a CPU tensor, got one on {operand.device}")
-            if operand.layout is not sys.modules["torch"].strided:
-                raise InputError(f"expected {name} to be a strided tensor, got {operand.layout}")
-            self.dtype = str(operand.dtype).removeprefix("torch.")
-            self.strides = tuple(operand.stride())
-            self.requires_grad = bool(operand.requires_grad)
-        elif isinstance(operand, np.ndarray):
-            self.dtype = operand.dtype.name
-            item = operand.dtype.itemsize
-            # A stride that is no multiple of an element matches no contiguous layout, so it is copied.
-            self.strides = tuple(s // item if s % item == 0 else -1 for s in operand.strides)
-            self.requires_grad = False
-        else:
-            raise InputError(f"expected {name} to be a NumPy array or a torch tensor, got {type(operand).__name__}")
-        self.shape = tuple(int(extent) for extent in operand.shape)
-
-    def contiguous(self, *, transposed: bool = False) -> bool:
-        """Whether it lies densely in the order of its axes; or, ``transposed``, of (…, seq, heads, head_dim)."""
-        axes = list(range(len(self.shape)))
-        if transposed:
-            if len(axes) < 3:
-                return False
-            axes[-3], axes[-2] = axes[-2], axes[-3]
-        expected = 1
-        for axis in reversed(axes):
-            if self.shape[axis] != 1 and self.strides[axis] != expected:
-                return False
-            expected *= self.shape[axis]
-        return True
-
-
-def _is_torch_tensor(operand: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(operand, torch.Tensor)
 
 
 def _prepare(
@@ -173,8 +119,8 @@ def _prepare(
     Raises:
         InputError: see :func:`scaled_dot_product_attention`.
     """
-    given = [_Given(n, x) for n, x in (("query", query), ("key", key), ("value", value))]
-    mask = None if attn_mask is None else _Given("attn_mask", attn_mask)
+    given = [Given(n, x) for n, x in (("query", query), ("key", key), ("value", value))]
+    mask = None if attn_mask is None else Given("attn_mask", attn_mask)
     _check_kinds(given, mask, dropout_p)
     q, k, v = given
     for operand in given:
@@ -220,7 +166,7 @@ def _prepare(
     return _Call(workload, given, mask, lead, outputs)
 
 
-def _check_kinds(given: Sequence[_Given], mask: _Given | None, dropout_p: float) -> None:
+def _check_kinds(given: Sequence[Given], mask: Given | None, dropout_p: float) -> None:
     if dropout_p:
         raise InputError(f"expected dropout_p to be 0, got {dropout_p!r}: these kernels are for inference")
     q = given[0]
@@ -237,7 +183,7 @@ def _check_kinds(given: Sequence[_Given], mask: _Given | None, dropout_p: float)
         raise InputError(f"expected attn_mask of dtype bool, float32 or {q.dtype}, got {mask.dtype}")
 
 
-def _leading(q: _Given, k: _Given, v: _Given, enable_gqa: bool) -> tuple[tuple[int, ...], int]:
+def _leading(q: Given, k: Given, v: Given, enable_gqa: bool) -> tuple[tuple[int, ...], int]:
     """Leading dimensions of the result, the last of which counts heads; and how many heads keys and values keep."""
     shapes = [operand.shape[:-2] for operand in (q, k, v)]
     problem = f"got query {q.shape}, key {k.shape}, value {v.shape}"
@@ -259,7 +205,7 @@ def _leading(q: _Given, k: _Given, v: _Given, enable_gqa: bool) -> tuple[tuple[i
     return lead, 1 if kept == [1, 1] else (lead[-1] if lead else 1)
 
 
-def _mask_leading(mask: _Given | None, lead: tuple[int, ...], q_len: int, kv_len: int) -> tuple[int, ...]:
+def _mask_leading(mask: Given | None, lead: tuple[int, ...], q_len: int, kv_len: int) -> tuple[int, ...]:
     """The mask's leading dimensions, as many as ``lead`` has."""
     if mask is None:
         return ()
@@ -275,7 +221,7 @@ def _mask_leading(mask: _Given | None, lead: tuple[int, ...], q_len: int, kv_len
     return (1,) * (len(lead) - len(own)) + own
 
 
-def _is_padding(mask: _Given, lead: tuple[int, ...], q_len: int) -> bool:
+def _is_padding(mask: Given, lead: tuple[int, ...], q_len: int) -> bool:
     """Whether a bool mask says the same for every head and query of a sequence."""
     shape = (1,) * (len(lead) + 2 - len(mask.shape)) + mask.shape
     return (q_len == 1 or shape[-2] == 1) and (not lead or lead[-1] == 1 or shape[len(lead) - 1] == 1)
@@ -287,7 +233,7 @@ def _is_padding(mask: _Given, lead: tuple[int, ...], q_len: int) -> bool:
 class _Zeros:
     """Answers calls with nothing to sum over or nothing to return."""
 
-    def __init__(self, like: _Given, shapes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, like: Given, shapes: Sequence[tuple[int, ...]]) -> None:
         self._like, self._shapes = like, shapes
 
     def __call__(self, *_operands: Any) -> Any:
@@ -302,44 +248,14 @@ class _Zeros:
         return results[0] if len(results) == 1 else tuple(results)
 
 
-class _Operand:
-    """One input: read where it lies if it may be, else copied into a buffer that is kept from call to call.
-
-    ``fill(buffer, array)`` writes the operand into the buffer as the kernel wants it.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        dtype: str,
-        fill: Callable[[np.ndarray, np.ndarray], None],
-        *,
-        in_place: bool,
-    ) -> None:
-        self.slot = TensorSlot(shape, dtype)
-        self._shape, self._dtype, self._fill, self._in_place = shape, numpy_dtype(dtype), fill, in_place
-        self._buffer: np.ndarray | None = None
-
-    def bind(self, operand: Any, address: int) -> None:
-        """Point the kernel's argument at the operand, or at a copy of it. Runs on the kernel thread."""
-        if self._in_place and address % ALIGNMENT == 0:
-            self.slot.point_at(address)
-            return
-        if self._buffer is None:
-            self._buffer = aligned_zeros(self._shape, self._dtype)
-            self._buffer_address = self._buffer.ctypes.data
-        self._fill(self._buffer, _as_numpy(operand))
-        self.slot.point_at(self._buffer_address)
-
-
 class _Call:
     """Answers every call of one description."""
 
     def __init__(
         self,
         workload: Attention,
-        given: Sequence[_Given],
-        mask: _Given | None,
+        given: Sequence[Given],
+        mask: Given | None,
         lead: tuple[int, ...],
         outputs: Sequence[tuple[int, ...]],
     ) -> None:
@@ -354,7 +270,7 @@ class _Call:
             # Broadcast leading dimensions and wider heads need a copy.
             in_place = math.prod(x.shape) == math.prod(spec.shape) and x.contiguous(transposed=transposed)
             fill = _filler((*lead[:-1], heads) if lead else (1,), x.shape[-2:], transposed)
-            self._operands.append(_Operand(spec.shape, spec.dtype, fill, in_place=in_place))
+            self._operands.append(Operand(spec.shape, spec.dtype, fill, in_place=in_place))
         if mask is not None:
             spec = specs[3]
             in_place = (
@@ -363,7 +279,7 @@ class _Call:
                 and mask.shape[-2:] == spec.shape[-2:]
                 and math.prod(mask.shape) == math.prod(spec.shape)
             )
-            self._operands.append(_Operand(spec.shape, spec.dtype, _mask_filler(spec.name, lead), in_place=in_place))
+            self._operands.append(Operand(spec.shape, spec.dtype, _mask_filler(spec.name, lead), in_place=in_place))
         self._results = [TensorSlot(spec.shape, spec.dtype) for spec in workload.outputs()]
         self._arguments = [slot.argument for slot in (*(operand.slot for operand in self._operands), *self._results)]
         self._views: list[Callable[[Any], Any]] = []
@@ -384,7 +300,7 @@ class _Call:
             )
         results, addresses, targets = [], [], []
         for shape, dtype in zip(self._shapes, self._dtypes, strict=True):
-            result, address = self._empty(shape, dtype)
+            result, address = empty(shape, dtype)
             results.append(result)
             targets.append(address)
         if self._torch is not None:
@@ -402,34 +318,6 @@ class _Call:
         KERNEL_THREAD.run(self._cores, run)
         shown = [view(result) for view, result in zip(self._views, results, strict=True)]
         return shown[0] if len(shown) == 1 else tuple(shown)
-
-    def _empty(self, shape: tuple[int, ...], dtype: Any) -> tuple[Any, int]:
-        """An array for a result, at a multiple of 64 bytes, and its address."""
-        if self._torch is not None:
-            tensor = self._torch.empty(shape, dtype=dtype)
-            address = tensor.data_ptr()
-            if address % ALIGNMENT == 0:  # always so with torch's own allocator
-                return tensor, address
-            raw = self._torch.empty(tensor.nbytes + ALIGNMENT, dtype=self._torch.uint8)
-            start = -raw.data_ptr() % ALIGNMENT
-            tensor = raw[start : start + tensor.nbytes].view(dtype).view(shape)
-            return tensor, tensor.data_ptr()
-        size = math.prod(shape) * dtype.itemsize
-        raw = np.empty(size + ALIGNMENT, np.uint8)
-        base = raw.__array_interface__["data"][0]
-        start = -base % ALIGNMENT
-        return raw[start : start + size].view(dtype).reshape(shape), base + start
-
-
-def _as_numpy(operand: Any) -> np.ndarray:
-    """A view of the operand; of bfloat16 tensors as NumPy's bfloat16."""
-    if isinstance(operand, np.ndarray):
-        return operand
-    tensor = operand.detach()
-    if str(tensor.dtype) == "torch.bfloat16":
-        bits: np.ndarray = tensor.view(sys.modules["torch"].int16).numpy()
-        return bits.view(numpy_dtype("bfloat16"))
-    return np.asarray(tensor.numpy())
 
 
 def _filler(lead: tuple[int, ...], rows: tuple[int, ...], transposed: bool) -> Callable[[np.ndarray, np.ndarray], None]:

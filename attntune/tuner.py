@@ -19,6 +19,7 @@ from attntune.errors import TuningError
 from attntune.host import available_cpus
 from attntune.measure.runner import Runner
 from attntune.measure.trial import Trial
+from attntune.models.shapes import Shape, by_name
 from attntune.ops.workload import Workload
 from attntune.progress import OnEvent, TrialDone, TuningSummary
 from attntune.search import searcher_named
@@ -55,13 +56,14 @@ def tune(
     database: str | os.PathLike[str] = "tuning.jsonl",
     searcher: str | SearcherFactory = "evolutionary",
     seed: int = 0,
-    shapes: Sequence[Mapping[str, int]] | None = None,
+    shapes: Sequence[Shape] | None = None,
     entries: Sequence[str] | None = None,
     cache: str = "hot",
     precision: str = "float32",
     runner: Runner | None = None,
     peaks: Mapping[str, Any] | None = None,
     on_event: OnEvent | None = None,
+    on_progress: Callable[[str], None] | None = None,
 ) -> TuningSummary:
     """Search schedules by measurement until a budget is spent or every search has ended.
 
@@ -79,7 +81,7 @@ def tune(
         database: path of the journal; created if missing.
         searcher: a name in ``SEARCHERS``, or a callable ``(space, features, default, seed) -> Searcher``.
         seed: of the search and of the operands.
-        shapes: values of a model's symbolic dimensions, e.g. ``[{"batch": 1, "seq": 128}]``; models only. By default
+        shapes: of a model, as :func:`attntune.compile` takes them, e.g. ``[{"batch": 1, "seq": 128}]``. By default
             ``model.shapes``, or batch 1 with 128 positions where it has none.
         entries: entry points of a model; by default those that are compiled unasked.
         cache: ``hot`` or ``cold``; of the runner that is made here.
@@ -88,6 +90,7 @@ def tune(
         peaks: limits of the machine as :func:`attntune.measure.machine.measure_peaks` gives them; by default those
             remembered from an earlier measurement, if any.
         on_event: called with every :class:`TaskState` and :class:`TrialDone`.
+        on_progress: called with a line that says what precision is used instead, see ``precision``.
 
     Returns:
         The summary. ``interrupted`` is true after Ctrl-C; nothing measured is lost then.
@@ -105,7 +108,7 @@ def tune(
     make = searcher_named(searcher) if isinstance(searcher, str) else searcher
     where = Target.parse(target)
     if precision != "float32":
-        model = _at_precision(model, precision, where)
+        model = _at_precision(model, precision, where, on_progress)
     calls = _workloads(model, shapes, entries)
     journal = Journal(Path(database))
     known = journal.load()
@@ -328,19 +331,16 @@ class _Session:
         self.on_event(TrialDone(record, state, self.measured, left, seconds_left))
 
 
-def _at_precision(model: Any, precision: str, target: Target) -> Any:
-    from attntune.models.precision import at_precision, supported
+def _at_precision(model: Any, precision: str, target: Target, tell: Callable[[str], None] | None) -> Any:
+    from attntune.models.precision import at_precision, fitting
 
     if not hasattr(model, "workloads"):
         raise TuningError("expected a precision only with a model: a workload's dtypes are fixed")
-    found, reason = supported(precision, target)
-    if reason:
-        raise TuningError(f"cannot tune at {precision}: {reason.partition(':')[0]}")
-    return at_precision(model, found)
+    return at_precision(model, fitting(precision, target, tell, model))
 
 
 def _workloads(
-    model: Any, shapes: Sequence[Mapping[str, int]] | None, entries: Sequence[str] | None
+    model: Any, shapes: Sequence[Shape] | None, entries: Sequence[str] | None
 ) -> dict[Workload, tuple[int, str]]:
     """Workload → calls and the shape of the model it belongs to, of whatever :func:`tune` accepts."""
     if hasattr(model, "workloads"):
@@ -366,23 +366,22 @@ def _workloads(
     return {workload: (n, "") for workload, n in calls.items()}
 
 
-def _of_model(
-    model: Any, shapes: Sequence[Mapping[str, int]], chosen: Sequence[str] | None
-) -> dict[Workload, tuple[int, str]]:
+def _of_model(model: Any, shapes: Sequence[Shape], chosen: Sequence[str] | None) -> dict[Workload, tuple[int, str]]:
     """A workload of several shapes belongs to the first."""
     found: dict[Workload, tuple[int, str]] = {}
+    named = getattr(model, "named_shape", by_name)
     entries = getattr(model, "entries", None) or {"forward": None}
     unasked = [name for name, spec in entries.items() if not getattr(spec, "on_request", False)]
     if unknown := [name for name in chosen or () if name not in entries]:
         raise TuningError(f"unknown entries {unknown}; expected some of {sorted(entries)}")
-    for shape in shapes:
+    for shape in map(named, shapes):
         calls: dict[Workload, int] = {}
         # Entry points share most of their calls, and one run uses one of them.
         for entry in chosen or unasked:
             for workload, n in model.workloads([shape], entry).items():
                 calls[workload] = max(n, calls.get(workload, 0))
         for workload, n in calls.items():
-            known, group = found.get(workload, (0, str(dict(shape))))
+            known, group = found.get(workload, (0, str(shape)))
             found[workload] = known + n, group
     if not found:
         raise TuningError("nothing to tune: expected a model with operator calls and at least one shape")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attntune.errors import AttntuneError, InputError
+from attntune.errors import ArtifactError, AttntuneError, InputError
 
 if TYPE_CHECKING:
     from attntune.models import Model
@@ -28,7 +28,10 @@ DatabaseOption = Annotated[Path | None, typer.Option(help="Tuning records, a JSO
 PrecisionOption = Annotated[
     str, typer.Option(help="float32, bfloat16, int8 (weights; the rest bfloat16) or int4 (weights; the rest float32).")
 ]
-_SHAPES = typer.Option(help="Batch x sequence lengths, separated by commas: 1x128,8x128.")
+_SHAPES = typer.Option(
+    help="Batch x sequence length, of an encoder-decoder batch x source length x target length, separated by commas: "
+    "1x128,8x128 or 1x64x32. By name where that is not enough: 1x512xcontext=2048, batch=8."
+)
 ShapesOption = Annotated[str, _SHAPES]
 OptionalShapes = Annotated[str | None, _SHAPES]
 EntriesOption = Annotated[str | None, typer.Option(help="Entry points, such as forward,attend.")]
@@ -120,26 +123,28 @@ def note(text: str) -> None:
 def parse_shapes(text: str) -> list[dict[str, int]]:
     """``"1x128,8x128"`` as ``[{"batch": 1, "seq": 128}, {"batch": 8, "seq": 128}]``.
 
-    Other dimensions are given by name, ``"1x128xcontext=2048"``; with a name, batch and seq may be missing:
-    ``"batch=8"``.
+    Three numbers are those of an encoder-decoder: ``"1x64x32"`` as batch, source and target. Other dimensions are
+    given by name, ``"1x128xcontext=2048"``, or all of them: ``"batch=8"``, ``"batch=1xtarget=100"``.
 
     Raises:
-        InputError: naming the part that is not ``<batch>x<seq>`` with positive numbers.
+        InputError: naming the part that is none of these, with positive numbers.
     """
+    from attntune.models.shapes import PLACES
+
     shapes = []
     for part in text.split(","):
-        sizes: dict[str, int] = {}
-        for name, item in itertools.zip_longest(("batch", "seq"), re.split(r"(?<=\d)\s*[x\u00d7]\s*", part)):
-            if item is None and "=" in part:
-                break
-            match = re.fullmatch(r"\s*(?:([a-z]+)=)?([1-9]\d*)\s*", item or "")
-            if match is None or (match[1] or name) in (None, *sizes):
-                raise InputError(
-                    f"expected shapes such as 1x128,8x128 (batch x sequence length) or 1x128xcontext=2048, "
-                    f"got {part!r} in {text!r}"
-                )
-            sizes[match[1] or name] = int(match[2])
-        shapes.append(sizes)
+        found = [
+            re.fullmatch(r"\s*(?:([a-z]+)=)?([1-9]\d*)\s*", item) for item in re.split(r"(?<=\d)\s*[x\u00d7]\s*", part)
+        ]
+        plain = list(itertools.takewhile(lambda match: match is not None and match[1] is None, found))
+        places: Mapping[int, Sequence[str]] = {**PLACES, 1: ("batch",)} if len(plain) < len(found) else PLACES
+        names = [*places.get(len(plain), ()), *(match[1] for match in found[len(plain) :] if match is not None)]
+        if None in found or len(names) != len(found) or len(set(names) - {None}) != len(found):
+            raise InputError(
+                f"expected shapes such as 1x128,8x128 (batch x sequence length), 1x64x32 (batch x source length x "
+                f"target length) or 1x128xcontext=2048, got {part!r} in {text!r}"
+            )
+        shapes.append({name: int(match[2]) for name, match in zip(names, found, strict=True) if match is not None})
     return shapes
 
 
@@ -149,7 +154,7 @@ def parse_names(text: str | None) -> list[str] | None:
 
 
 def load_model(source: str) -> Model:
-    """The model in a Hugging Face style directory, or of a hub id; raises :class:`ModelError`."""
+    """The model in a directory or file, of a hub id, or a preset; raises :class:`ModelError`."""
     from attntune import models
 
     return models.from_pretrained(source)
@@ -160,6 +165,16 @@ def existing(path: Path, what: str, error: type[AttntuneError] = InputError) -> 
     if not path.exists():
         raise error(f"expected {what} at {path}, found nothing there")
     return path
+
+
+def existing_model(path: Path) -> Path:
+    """``path`` of an artifact or a model, which may be ``preset:NAME`` too; raises :class:`ArtifactError`."""
+    return path if is_preset(path) else existing(path, "an artifact or a model", ArtifactError)
+
+
+def is_preset(path: Path) -> bool:
+    """Whether it names a preset."""
+    return str(path).startswith("preset:")
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

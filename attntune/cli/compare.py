@@ -21,7 +21,7 @@ _ENGINES = (
 
 
 def compare(
-    model: Annotated[str, typer.Argument(help="Model directory or hub id.")],
+    model: Annotated[str, typer.Argument(help="Model directory, file or hub id, or preset:NAME.")],
     artifact: Annotated[Path, typer.Argument(help="What `attntune compile` wrote of it.")],
     engines: Annotated[
         str | None,
@@ -41,11 +41,12 @@ def compare(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the results go, as JSON.")] = None,
 ) -> Reply:
     """Run the model here and in other engines with the same threads, in turns; ratios with confidence intervals."""
-    sizes = parse_shapes(shapes)
+    asked = parse_shapes(shapes)
     if engines is not None and precision is not None:
         raise InputError(f"expected --engines or --precision, got both: {engines!r} and {precision!r}")
     existing(artifact, "an artifact", ArtifactError)
     loaded = load_model(model)
+    sizes = loaded.entry_shapes(asked, entry)
     from attntune.engines.compare import DEFAULT_ENGINES, CompareOptions, engines_at
     from attntune.engines.compare import compare as run_comparison
 

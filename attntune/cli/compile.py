@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def compile(
-    model: Annotated[str, typer.Argument(help="Model directory or hub id.")],
+    model: Annotated[str, typer.Argument(help="Model directory, file or hub id, or preset:NAME.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The artifact to write, such as model.attn.")],
     database: DatabaseOption = None,
     target: TargetOption = "native",

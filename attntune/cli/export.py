@@ -11,7 +11,7 @@ from attntune.cli.common import DatabaseOption, Reply, ShapesOption, TargetOptio
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="Model directory or hub id.")],
+    model: Annotated[str, typer.Argument(help="Model directory, file or hub id, or preset:NAME.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .onnx file to write.")],
     attention: Annotated[
         str, typer.Option(help="decomposed (opset 17), standard (opset 24), or onnxruntime (its own operator).")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attntune.cli.common import existing, load_model, note
+from attntune.cli.common import existing_model, is_preset, load_model, note
 from attntune.errors import ArtifactError, InputError, ModelError
 
 if TYPE_CHECKING:
@@ -35,14 +35,17 @@ def open_model(
         InputError: a precision is asked of an artifact, which has its own.
     """
     import attntune
+    from attntune.models.precision import fitting
+    from attntune.target import Target
 
-    existing(path, "an artifact or a model", ArtifactError)
+    existing_model(path)
     if (path / "manifest.json").is_file():
         tuned = attntune.load(path)
         if precision not in (None, tuned.manifest.get("precision", "float32")):
             raise InputError(f"{path} is compiled in {tuned.manifest['precision']}; run its model with --precision")
         return tuned, path
-    wanted = {"precision": precision or "float32", "entries": entries, "shapes": shapes}
+    fit = fitting(precision or "float32", Target.parse("native"), note)
+    wanted = {"precision": fit, "entries": entries, "shapes": shapes}
     folder = _cached(path, wanted)
     if not (folder / "manifest.json").is_file():
         try:
@@ -51,7 +54,11 @@ def open_model(
             raise ArtifactError(f"{path} is not an attntune artifact, nor a model: {error}") from None
         note(f"compiling {model.name} once, into {folder}")
         attntune.compile(model, on_progress=note, **wanted).save(folder)  # type: ignore[arg-type]
-    return attntune.load(folder), folder
+        return attntune.load(folder), folder
+    tuned = attntune.load(folder)
+    if tuned.manifest["precision"] != fit:  # compiling would have said why
+        note(f"{tuned.manifest['name']} computes {tuned.manifest['precision']} instead of {fit}")
+    return tuned, folder
 
 
 def _cached(path: Path, wanted: Mapping[str, object]) -> Path:
@@ -59,9 +66,11 @@ def _cached(path: Path, wanted: Mapping[str, object]) -> Path:
     from attntune.host import user_cache_dir
     from attntune.target import Target
 
-    path = path.resolve()
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    files: list[Path] = []
+    if not is_preset(path):
+        path = path.resolve()
+        files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
     facts = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     made_of = "\n".join([str(path), *facts, __version__, Target.parse("native").key(), repr(sorted(wanted.items()))])
     digest = hashlib.sha256(made_of.encode()).hexdigest()[:16]
-    return user_cache_dir() / "models" / f"{path.stem}-{digest}.attn"
+    return user_cache_dir() / "models" / f"{path.stem.replace(':', '-')}-{digest}.attn"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attntune.cli.common import Reply, existing, note
-from attntune.errors import ArtifactError, InputError
+from attntune.cli.common import Reply, existing, existing_model, note
+from attntune.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +20,9 @@ _LABEL_WIDTH = 48
 
 
 def run(
-    artifact: Annotated[Path, typer.Argument(help="What `attntune compile` wrote, or a model, compiled once.")],
+    artifact: Annotated[
+        Path, typer.Argument(help="What `attntune compile` wrote, or a model, compiled once; preset:NAME too.")
+    ],
     text: Annotated[list[str] | None, typer.Option("--text", "--prompt", help="Repeat for several.")] = None,
     audio: Annotated[list[Path] | None, typer.Option(help="A WAV file to transcribe; repeat for several.")] = None,
     inputs: Annotated[Path | None, typer.Option(help="Arrays by input name, an .npz file.")] = None,
@@ -45,11 +47,15 @@ def run(
     """Run an artifact or a model.
 
     On --text an encoder prints similarities, a model that writes its text as it comes; --audio is transcribed; --inputs
-    reads arrays and --output writes them; --chat without --text is a conversation, one line of standard input a turn.
+    reads arrays (with --max-new-tokens: of token ids to write on from) and --output writes them; --chat without --text
+    is a conversation, one line of standard input a turn.
     """
     from attntune.cli.open_model import open_model
     from attntune.cli.run_generation import Options, run_generation
 
+    options = Options(
+        max_new_tokens, temperature, top_k, top_p, seed, beams, length_penalty, tuple(stop or ()), chat, system
+    )  # fmt: skip
     given = [name for name, value in (("text", text), ("audio", audio), ("inputs", inputs)) if value]
     converses = chat and not given
     if len(given) != 1 and not converses:
@@ -59,15 +65,19 @@ def run(
     if attention is not None:
         from attntune.cli import attention as maps
 
-        if audio or converses:
-            raise InputError("expected --attention with --text or --inputs")
+        asked = [name for name in options.asked() if name != "--max-new-tokens"]
+        asked += [name for name, value in (("--entry", entry), ("--output", output)) if value is not None]
+        if converses or asked:
+            raise InputError(
+                f"expected --attention with --text, --audio or --inputs, and without {', '.join(asked or ['--chat'])}"
+            )
         arrays = None if inputs is None else read_arrays(inputs)
-        path = existing(artifact, "an artifact or a model", ArtifactError)
-        return maps.attention(path, attention, text, arrays, tokenizer=tokenizer, query=query)
+        path = existing_model(artifact)
+        return maps.attention(
+            path, attention, text, audio, arrays, tokenizer=tokenizer, query=query, precision=precision,
+            max_new_tokens=max_new_tokens,
+        )  # fmt: skip
     named = None if tokenizer is None else existing(tokenizer, "a tokenizer.json")
-    options = Options(
-        max_new_tokens, temperature, top_k, top_p, seed, beams, length_penalty, tuple(stop or ()), chat, system
-    )  # fmt: skip
     tuned, folder = open_model(artifact, precision)
     if tuned.manifest.get("generation") and inputs is None and entry is None:
         from attntune.runtime.text import Codec
@@ -78,6 +88,10 @@ def run(
 
             return converse(tuned, codec, options, live=not json_output)
         return run_generation(tuned, codec, text or [], audio or [], options, live=not json_output)
+    if tuned.manifest.get("generation") and inputs is not None and entry is None and options.asked():
+        from attntune.cli.run_generation import run_arrays
+
+        return run_arrays(tuned, read_arrays(inputs), options, output)
     if audio or options.asked():
         asked = [*(["--audio"] if audio else []), *options.asked()]
         raise InputError(f"{tuned.manifest['name']} does not write text here: expected no {', '.join(asked)}")

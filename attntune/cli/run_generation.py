@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,14 +57,10 @@ def run_generation(
     """
     from attntune.runtime.generation import Generated, generate
     from attntune.runtime.sampling import Sampling
-    from attntune.runtime.sequences import limit
     from attntune.runtime.text import stream_text
 
     prompts, source = _inputs(tuned, codec, texts, audio, options)
-    most = options.max_new_tokens
-    if most is None:
-        start = len(tuned.manifest["generation"]["start"]) + max(map(len, prompts))
-        most = min(MOST, max(1, (limit(tuned) or start + MOST) - start))
+    most = _most(tuned, prompts, options)
     start_secs = time.perf_counter()
     if options.beams > 1:
         if options.stop or options.temperature > 0:
@@ -100,6 +96,78 @@ def run_generation(
     return Reply(document, text)
 
 
+def _most(tuned: TunedModel, prompts: Sequence[Sequence[int]], options: Options) -> int:
+    """New tokens: as many as were asked for, or else as the model and its cache allow, up to :data:`MOST`."""
+    from attntune.runtime.sequences import limit
+
+    if options.max_new_tokens is not None:
+        return options.max_new_tokens
+    start = len(tuned.manifest["generation"]["start"]) + max(map(len, prompts), default=0)
+    return min(MOST, max(1, (limit(tuned) or start + MOST) - start))
+
+
+def run_arrays(tuned: TunedModel, arrays: Mapping[str, np.ndarray], options: Options, output: Path | None) -> Reply:
+    """Write on from token ids, for a model whose tokenizer is not at hand.
+
+    Args:
+        tuned: a model with ``generation`` in its manifest.
+        arrays: of a decoder ``input_ids`` (batch, seq) and, where rows are shorter than that, ``lengths`` (batch,); of
+            an encoder-decoder the inputs of its entry ``encode``.
+        options: see :class:`Options`.
+        output: an .npz file for ``tokens`` (batch, longest), rows filled with -1, and ``lengths`` (batch,).
+
+    Raises:
+        InputError: the arrays are others.
+    """
+    import numpy as np
+
+    from attntune.runtime.generation import generate
+    from attntune.runtime.sampling import Sampling
+
+    if options.stop or options.chat:
+        raise InputError("expected --inputs of token ids without --stop, --chat and --system, which are for texts")
+    source, prompts = _rows(tuned, arrays)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    start_secs = time.perf_counter()
+    found = generate(
+        tuned, prompts, source=source, max_new_tokens=_most(tuned, prompts, options), sampling=sampling,
+        beams=options.beams, length_penalty=options.length_penalty,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start_secs
+    note(speed(found, source is not None, seconds))
+    lines = [" ".join(map(str, row)) for row in found.tokens]
+    if output is not None:
+        tokens = np.full((len(lines), max(map(len, found.tokens))), -1, np.int64)
+        for index, row in enumerate(found.tokens):
+            tokens[index, : len(row)] = row
+        output.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(output, tokens=tokens, lengths=np.array([len(row) for row in found.tokens]))
+    document = _document(found, [str(row) for row in range(len(lines))], lines, seconds)
+    return Reply({**document, "output": None if output is None else str(output)}, "\n".join(lines))
+
+
+def _rows(
+    tuned: TunedModel, arrays: Mapping[str, np.ndarray]
+) -> tuple[Mapping[str, np.ndarray] | None, list[list[int]]]:
+    """What the encoder reads, if there is one, and a prompt for each row."""
+    entries = tuned.manifest["entries"]
+    encodes = "encode" in entries
+    wanted = [spec["name"] for spec in entries["encode"]["inputs"]] if encodes else ["input_ids"]
+    allowed = wanted if encodes else [*wanted, "lengths"]
+    if not set(wanted) <= set(arrays) <= set(allowed):
+        raise InputError(f"expected arrays {wanted} to write on from, got {sorted(arrays)}")
+    rows = len(arrays[wanted[0]])
+    if encodes:
+        return arrays, [[] for _ in range(rows)]
+    ids = arrays["input_ids"]
+    lengths = arrays.get("lengths", [ids.shape[-1]] * rows)
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or len(lengths) != rows:
+        raise InputError(
+            f"expected input_ids (batch, seq) of integers and as many lengths, got {ids.dtype} {ids.shape}"
+        )
+    return None, [[int(token) for token in row[: int(length)]] for row, length in zip(ids, lengths, strict=True)]
+
+
 def _inputs(
     tuned: TunedModel, codec: Codec, texts: Sequence[str], audio: Sequence[Path], options: Options
 ) -> tuple[list[list[int]], dict[str, np.ndarray] | None]:
@@ -116,11 +184,12 @@ def _inputs(
         return [codec.encode(text) for text in texts], None
     if options.chat:
         raise InputError(f"expected no --chat: {tuned.manifest['name']} answers a source, not a conversation")
-    source = _heard(tuned, audio) if hears else codec.sources(texts)
+    source = heard(tuned, audio) if hears else codec.sources(texts)
     return [[] for _ in audio or texts], source
 
 
-def _heard(tuned: TunedModel, audio: Sequence[Path]) -> dict[str, np.ndarray]:
+def heard(tuned: TunedModel, audio: Sequence[Path]) -> dict[str, np.ndarray]:
+    """What an encoder reads of WAV files: ``input_features`` (batch, mels, frames) float32."""
     import numpy as np
 
     from attntune.models.audio import HOP, SAMPLE_RATE, log_mel, read_wav

@@ -34,7 +34,9 @@ _DATABASE = Path("tuning.jsonl")
 
 
 def tune(
-    what: Annotated[list[str], typer.Argument(help="A model directory or hub id, or workload keys (JSON).")],
+    what: Annotated[
+        list[str], typer.Argument(help="A model directory, file or hub id, preset:NAME, or workload keys (JSON).")
+    ],
     target: TargetOption = "native",
     seconds: Annotated[float | None, typer.Option(min=0, help="Stop after so many seconds.")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Stop after so many trials.")] = None,
@@ -70,6 +72,7 @@ def tune(
                 cache="cold" if cold else "hot",
                 precision=precision,
                 on_event=progress,
+                on_progress=note,
             )
     except KeyboardInterrupt:
         note(f"interrupted; every finished trial is kept in {database}. Resume with:\n  {again}")

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from attntune.errors import ModelError
+from attntune.models.config import choose, require_fields, require_fixed, require_sizes
 from attntune.models.model import Entry, InputSpec, Model
+from attntune.models.tensors import Checkpoint
 
 #: Activations by the name that `config.json` gives them.
 ACTIVATIONS = {
@@ -19,6 +21,13 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "silu": "silu",
 }
+
+
+#: Fields whose only supported value is the default.
+_FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+#: What checkpoints hold beside the encoder: buffers, and heads by the beginning of their names.
+_IGNORED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
+_HEADS = ("cls.",)
 
 
 @dataclass(frozen=True)
@@ -44,16 +53,10 @@ class BertConfig:
             ModelError: naming the field that is missing or asks for something unsupported.
         """
         names = [name for name in cls.__dataclass_fields__ if name != "pooling"]
-        if missing := [name for name in names if name not in fields]:
-            raise ModelError(f"config.json of a bert model lacks {missing}")
-        if fields["hidden_act"] not in ACTIVATIONS:
-            raise ModelError(
-                f"config.json: hidden_act {fields['hidden_act']!r} is not supported; "
-                f"expected one of {sorted(ACTIVATIONS)}"
-            )
-        kind = fields.get("position_embedding_type", "absolute")
-        if kind != "absolute":
-            raise ModelError(f"config.json: position_embedding_type {kind!r} is not supported; expected 'absolute'")
+        require_fields(fields, "bert", *names)
+        require_sizes(fields, *(name for name in names if name not in ("hidden_act", "layer_norm_eps")))
+        require_fixed(fields, _FIXED)
+        choose(fields, "hidden_act", ACTIVATIONS)
         if fields["hidden_size"] % fields["num_attention_heads"]:
             raise ModelError(
                 f"config.json: hidden_size {fields['hidden_size']} is not a multiple of "
@@ -219,21 +222,16 @@ def rename(config: BertConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, n
     """Hugging Face tensors under attntune's names; query, key and value of a layer become one weight.
 
     Raises:
-        ModelError: naming every tensor that is missing or of the wrong shape.
+        ModelError: naming every tensor that is missing, unknown or of the wrong shape; the pooler and the heads of
+            pre-training are left out.
     """
+    checkpoint = Checkpoint({name: value for name, value in tensors.items() if not name.startswith(_HEADS)})
     prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""
     h, inner = config.hidden_size, config.intermediate_size
     shapes = {"weight": {"feed_forward.up": (inner, h), "feed_forward.down": (h, inner), "attention.output": (h, h)}}
-    problems: list[str] = []
 
     def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        found = tensors.get(prefix + name)
-        if found is None:
-            problems.append(f"{prefix + name} is missing")
-            return np.zeros(shape, np.float32)
-        if found.shape != shape:
-            problems.append(f"{prefix + name} has shape {found.shape}, expected {shape}")
-        return np.ascontiguousarray(found, np.float32)
+        return checkpoint.take(prefix + name, *shape)
 
     table_rows = {
         "embeddings.word": config.vocab_size,
@@ -253,6 +251,5 @@ def rename(config: BertConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, n
                 width = inner if ours == "feed_forward.up" else h
                 shape_ = shapes["weight"].get(ours, (h,)) if kind == "weight" else (width,)
                 weights[f"{target}{ours}.{kind}"] = take(f"{source}{theirs}.{kind}", shape_)
-    if problems:
-        raise ModelError("weights do not fit config.json: " + "; ".join(problems[:8]) + ("; …" if problems[8:] else ""))
+    checkpoint.check(ignored=_IGNORED)
     return weights

@@ -19,10 +19,25 @@ def unsupported(field: str, value: object, expected: object, source: str = "conf
     return ModelError(f"{source}: {field} {value!r} is not supported; expected {expected!r}")
 
 
+def require_fixed(fields: Mapping[str, Any], expected: Mapping[str, Any], source: str = "config.json") -> None:
+    """Raise :class:`ModelError` naming a field that is there and differs from the only value that is supported."""
+    for name, value in expected.items():
+        if fields.get(name, value) != value:
+            raise unsupported(name, fields[name], value, source)
+
+
+def require_sizes(fields: Mapping[str, Any], *names: str, source: str = "config.json") -> None:
+    """Raise :class:`ModelError` naming one of ``names`` that is there and no positive integer."""
+    for name in names:
+        value = fields.get(name, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ModelError(f"{source}: {name} {value!r} is not supported; expected a positive integer")
+
+
 def choose(fields: Mapping[str, Any], field: str, known: Mapping[str, str]) -> str:
     """What ``known`` says of the field's value; raises :class:`ModelError` naming the field and what is supported."""
     value = fields[field]
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ModelError(f"config.json: {field} {value!r} is not supported; expected one of {sorted(known)}")
     return known[value]
 

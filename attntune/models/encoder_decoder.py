@@ -110,7 +110,8 @@ def build(
         name: of the model.
         family: for its manifest.
         generation: tokens the decoder starts and stops with.
-        shapes: compiled when no others are asked for.
+        shapes: compiled when no others are asked for; the lengths ``seq`` in which a target is read there hold for
+            shapes that give a ``target`` too.
     """
     limits = {"seq": config.positions, "context": config.positions}
     return Model(
@@ -124,6 +125,7 @@ def build(
         default_dims={"context": config.positions},
         shapes=tuple(shapes),
         generation=generation,
+        prompts=tuple(sorted({shape["seq"] for shape in shapes})) or (1,),
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from attntune.errors import ModelError
 from attntune.models import decoder, llama
-from attntune.models.config import require_fields, unsupported
+from attntune.models.config import require_fields, require_fixed, require_sizes, unsupported
 from attntune.models.gguf_tokenizer import tokenizer_files
 from attntune.models.model import Model
 
@@ -43,6 +43,12 @@ _JOINED = {
 #: Bits of a type of which quantisation by groups finds the values again (Q4_K's but for the rounding of its scales); of
 #: every other type that is quantised it takes 8.
 _BITS = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4}
+#: Fields (after ``llama.``) whose only supported value is this, where they are there.
+_FIXED = {
+    "rope.scaling.type": "none", "rope.scale_linear": 1.0, "expert_count": 0, "attention.sliding_window": 0,
+    "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0, "attention.causal": True, "logit_scale": 1.0,
+    "use_parallel_residual": False,
+}  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 #: Keeps what was unpacked for models that are loaded until the process ends.
@@ -135,11 +141,12 @@ def config_from_metadata(fields: Mapping[str, Any], source: str) -> decoder.Deco
         given, "llama", "block_count", "context_length", "embedding_length", "feed_forward_length",
         "attention.head_count", "attention.layer_norm_rms_epsilon", source=source,
     )  # fmt: skip
-    scaling = given.get("rope.scaling.type", "none")
-    if scaling != "none":
-        raise unsupported("llama.rope.scaling.type", scaling, "none", source)
-    if given.get("expert_count", 0):
-        raise unsupported("llama.expert_count", given["expert_count"], 0, source)
+    require_fields(fields, "GGUF", "tokenizer.ggml.tokens", source=source)
+    require_fixed(fields, {f"llama.{name}": value for name, value in _FIXED.items()}, source)
+    require_sizes(
+        fields, *(f"llama.{n}" for n in ("block_count", "context_length", "embedding_length", "feed_forward_length",
+        "attention.head_count")), source=source,
+    )  # fmt: skip
     hidden, heads = given["embedding_length"], given["attention.head_count"]
     head_dim = given.get("attention.key_length", hidden // heads)
     if given.get("attention.value_length", head_dim) != head_dim:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from attntune.models.config import choose, require_fields, unsupported
+from attntune.models.config import choose, require_fields, require_fixed, require_sizes, unsupported
 from attntune.models.decoder import DecoderConfig
 from attntune.models.tensors import Checkpoint
 
@@ -41,9 +41,10 @@ def config_from_json(fields: Mapping[str, Any]) -> DecoderConfig:
         fields, "gpt2", "vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "activation_function",
         "layer_norm_epsilon",
     )  # fmt: skip
-    for name, expected in _FIXED.items():
-        if fields.get(name, expected) != expected:
-            raise unsupported(name, fields[name], expected)
+    require_fixed(fields, _FIXED)
+    require_sizes(fields, "vocab_size", "n_embd", "n_layer", "n_head", "n_positions")
+    if fields.get("n_inner") is not None:
+        require_sizes(fields, "n_inner")
     hidden, heads = fields["n_embd"], fields["n_head"]
     if hidden % heads:
         raise unsupported("n_head", heads, f"a divisor of n_embd {hidden}")

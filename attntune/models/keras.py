@@ -157,6 +157,8 @@ def load(path: Path) -> Model:
     tables = source(encoder, "Embedding"), source(query, "Embedding")
     two_ways = encoder.kind == "Bidirectional"
     _check(path, encoder, query, memory, *tables)
+    _options(path, output.name, output.config, {"use_bias": True})
+    _options(path, joined.name, joined.config, {"axis": -1})
 
     weights = {"encoder.embedding": tables[0].weights[0], "decoder.embedding": tables[1].weights[0]}
     weights |= _gru("encoder.gru", encoder.weights[:3]) | _gru("decoder.gru", query.weights)
@@ -200,6 +202,11 @@ def _only(path: Path, layers: Mapping[str, KerasLayer], kind: str) -> KerasLayer
     return found[0]
 
 
+#: What a GRU's options must be.
+_GRU = {"activation": "tanh", "recurrent_activation": "sigmoid", "reset_after": True, "use_bias": True,
+        "return_sequences": True, "go_backwards": False}  # fmt: skip
+
+
 def _check(path: Path, encoder: KerasLayer, decoder: KerasLayer, dense: KerasLayer, *tables: KerasLayer) -> None:
     """Raise :class:`ModelError` naming an option that is not supported."""
     recurrent = [decoder.config]
@@ -209,14 +216,16 @@ def _check(path: Path, encoder: KerasLayer, decoder: KerasLayer, dense: KerasLay
         _options(path, encoder.name, encoder.config, wanted)
         if encoder.config["layer"]["class_name"] != "GRU":
             raise ModelError(f"{path}: {encoder.name} of {encoder.config['layer']['class_name']}; expected GRU")
+        if backward := encoder.config.get("backward_layer"):
+            _options(path, str(backward["config"]["name"]), backward["config"], {**_GRU, "go_backwards": True})
     else:
         recurrent.append(encoder.config)
-    wanted_gru = {"activation": "tanh", "recurrent_activation": "sigmoid", "reset_after": True, "use_bias": True,
-                  "return_sequences": True, "go_backwards": False}  # fmt: skip
     for config in recurrent:
-        _options(path, str(config["name"]), config, wanted_gru)
+        _options(path, str(config["name"]), config, _GRU)
     for table in tables:
         _options(path, table.name, table.config, {"mask_zero": False})
+    if dense.config["layer"]["class_name"] != "Dense":
+        raise ModelError(f"{path}: {dense.name} of {dense.config['layer']['class_name']}; expected Dense")
     _options(path, dense.name, dense.config["layer"]["config"], {"activation": "linear", "use_bias": True})
 
 

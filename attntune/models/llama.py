@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from attntune.models.config import choose, require_fields, unsupported
+from attntune.models.config import choose, require_fields, require_fixed, require_sizes, unsupported
 from attntune.models.decoder import DecoderConfig
 from attntune.models.tensors import Checkpoint
 
 #: ``model_type`` → whether the projections of queries, keys and values have biases when the config does not say.
 FAMILIES = {"llama": False, "mistral": False, "qwen2": True}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+#: Fields whose only supported value is the default.
+_FIXED = {"use_sliding_window": False, "pretraining_tp": 1, "partial_rotary_factor": 1.0}
 #: Buffers that old checkpoints carry.
 _IGNORED = ("rotary_emb.inv_freq",)
 
@@ -39,19 +41,21 @@ def config_from_json(fields: Mapping[str, Any]) -> DecoderConfig:
         "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
         "max_position_embeddings", "hidden_act", "rms_norm_eps",
     )  # fmt: skip
+    require_sizes(
+        fields, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+        "max_position_embeddings",
+    )  # fmt: skip
     scaling = fields.get("rope_scaling") or {}
-    rope = {**fields.get("rope_parameters", {}), **scaling}
+    rope = {**(fields.get("rope_parameters") or {}), **scaling}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise unsupported("rope_scaling", rope, "no scaling")
     if family == "mistral" and fields.get("sliding_window") is not None:
         raise unsupported("sliding_window", fields["sliding_window"], None)
-    if fields.get("use_sliding_window"):
-        raise unsupported("use_sliding_window", True, False)
-    if fields.get("pretraining_tp", 1) != 1:
-        raise unsupported("pretraining_tp", fields["pretraining_tp"], 1)
-    if fields.get("partial_rotary_factor", 1.0) != 1.0:
-        raise unsupported("partial_rotary_factor", fields["partial_rotary_factor"], 1.0)
+    require_fixed(fields, _FIXED)
+    require_fixed(rope, {"partial_rotary_factor": 1.0})
+    if others := set(fields.get("layer_types") or ()) - {"full_attention"}:
+        raise unsupported("layer_types", sorted(others), "full_attention")
     hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
     head_dim = fields.get("head_dim") or hidden // heads
     if not fields.get("head_dim") and hidden % heads:

@@ -15,6 +15,7 @@ import numpy as np
 from attntune.errors import ModelError
 from attntune.models.operators import PREFIX
 from attntune.models.precision import retyped
+from attntune.models.shapes import Shape, by_name, of_entry
 from attntune.ops import TensorSpec, Workload, operator
 
 Dim = int | str
@@ -147,6 +148,9 @@ class Model:
     """What is compiled when no shapes are asked for; empty: batches 1, 2, 4 and 8 by lengths up to the longest."""
     generation: Generation | None = None
     """For models that write one token after another."""
+    prompts: tuple[int, ...] = (1,)
+    """Of an encoder-decoder with a cache: how many tokens of its target are read at once, where a shape does not say
+    so but gives the ``target``'s length."""
     vocabulary: Mapping[str, Any] | None = None
     """Symbols of a model without a tokenizer, as :class:`attntune.runtime.vocabulary.Vocabulary` reads them."""
     tokenizer: str | None = None
@@ -224,6 +228,9 @@ class Model:
     def entry_shapes(self, shapes: Sequence[Mapping[str, int]], entry: str) -> list[dict[str, int]]:
         """The distinct values of the symbolic dimensions of ``entry`` among ``shapes``; :attr:`default_dims` fill gaps.
 
+        A ``target`` stands for what the length of an encoder-decoder's target is to the entry, see
+        :func:`attntune.models.shapes.of_entry`.
+
         Raises:
             ModelError: a dimension has no value, is not positive or longer than the model allows.
         """
@@ -231,20 +238,58 @@ class Model:
         names = self.entry(entry).dims()
         for shape in shapes:
             self.check_dims(shape)
-            given = {**self.default_dims, **shape}
-            if missing := [name for name in names if name not in given]:
-                raise ModelError(f"{self.name}: expected values for {missing} of entry {entry!r}, got {dict(shape)}")
-            dims = {name: given[name] for name in names}
-            if dims not in found:
-                found.append(dims)
+            for given in of_entry(shape, names, self.prompts):
+                given = {**self.default_dims, **given}
+                if missing := [name for name in names if name not in given]:
+                    raise ModelError(
+                        f"{self.name}: expected values for {missing} of entry {entry!r}, got {dict(shape)}"
+                        + self._advice()
+                    )
+                dims = {name: given[name] for name in names}
+                if dims not in found:
+                    found.append(dims)
         return found
+
+    def named_shape(self, shape: Shape) -> dict[str, int]:
+        """A shape as users give it, (batch, seq), (batch, source, target) or by name, as sizes by name.
+
+        Raises:
+            ModelError: naming a dimension that no entry has, or one that is not positive or longer than allowed.
+        """
+        sizes = by_name(shape)
+        known = dict.fromkeys(dim for entry in self.entries.values() for dim in entry.dims())
+        if self._writes_a_target():
+            known["target"] = None
+        if unknown := [name for name in sizes if name not in known]:
+            raise ModelError(
+                f"{self.name} has no dimensions {unknown}: expected some of {list(known)}, got {sizes}" + self._advice()
+            )
+        self.check_dims(sizes)
+        return sizes
+
+    def _writes_a_target(self) -> bool:
+        """Whether one sequence is made of another."""
+        return "encode" in self.entries
+
+    def _advice(self) -> str:
+        """How to give both lengths of a model that has two."""
+        if not self._writes_a_target():
+            return ""
+        if any("source" in entry.dims() for entry in self.entries.values()):
+            return "; give batch x source length x target length, such as 1x32x16"
+        return "; give the batch and the target's length, such as batch=1xtarget=16"
 
     def check_dims(self, dims: Mapping[str, int]) -> None:
         """Raise :class:`ModelError` when a dimension is not positive or longer than the model allows."""
+        limits = dict(self.max_lengths)
+        if self.generation is not None and (longest := limits.get("context") or self.generation.max_length):
+            limits["target"] = longest
         for name, value in dims.items():
-            limit = self.max_lengths.get(name)
+            limit = limits.get(name)
             if value < 1 or (limit is not None and value > limit):
-                raise ModelError(f"{self.name}: expected {name} between 1 and {limit or 'any'}, got {value}")
+                allowed = f"between 1 and {limit}" if limit is not None else "of at least 1"
+                advice = "" if {"source", "target"} & set(dims) else self._advice()
+                raise ModelError(f"{self.name}: expected {name} {allowed}, got {value}{advice}")
 
 
 def _raise_calls(function: Any, parameter_names: list[str], outputs: list[str]) -> tuple[OpCall, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attntune.errors import ModelError
+from attntune.errors import ModelError, PrecisionWarning
 from attntune.models import int4
 from attntune.ops.linear import quantize_weight
 from attntune.ops.workload import as_dtype
@@ -24,6 +25,8 @@ _WIDENING = ("add_positions", "embedding", "layer_norm", "linear", "mean_pool", 
 #: Operators whose last two operands, where they have a ``style``, are cosines and sines: float32 at any precision.
 _ROTATING = ("rope", "kv_append")
 _SCALE = ":scale"
+#: Operators without kernels that multiply 16 bits.
+_FLOAT32_ONLY = ("additive_attention", "gru_sequence", "lstm_sequence")
 
 
 def supported(precision: str, target: Target) -> tuple[str, str]:
@@ -52,6 +55,35 @@ def supported(precision: str, target: Target) -> tuple[str, str]:
             f"{target.name} lacks {', '.join(missing or ['512-bit vectors'])}: float32 instead of {precision}",
         )
     return precision, ""
+
+
+def fitting(
+    precision: str, target: Target, tell: Callable[[str], None] | None = None, model: Model | None = None
+) -> str:
+    """The precision that ``target`` runs in place of the one asked for, see :func:`supported`.
+
+    Where it is another, ``tell`` is called with the reason, or a :class:`PrecisionWarning` says it.
+
+    Args:
+        precision: that was asked for.
+        target: that is compiled or tuned for.
+        tell: called with a line.
+        model: some have operators that compute float32 only, such as recurrent layers.
+
+    Raises:
+        ModelError: the precision is unknown.
+    """
+    found, reason = supported(precision, target)
+    if model is not None and found not in ("float32", "int4"):
+        called = {call.op for entry in model.entries for call in model.calls(entry)}
+        if only := sorted(called & set(_FLOAT32_ONLY)):
+            found = "float32"
+            reason = f"{model.name}: {', '.join(only)} compute float32 only: float32 instead of {precision}"
+    if reason and tell is not None:
+        tell(reason)
+    elif reason:
+        warnings.warn(reason, PrecisionWarning, stacklevel=3)
+    return found
 
 
 def at_precision(model: Model, precision: str) -> Model:

@@ -11,8 +11,9 @@ import numpy as np
 
 from attntune.errors import ModelError
 from attntune.models import bert, decoder, g2p, gguf, gpt2, keras, llama, vit
-from attntune.models.config import integers
+from attntune.models.config import integers, unsupported
 from attntune.models.model import Model
+from attntune.models.presets import PREFIX, preset
 
 
 def _load_bert(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory: Path) -> Model:
@@ -90,13 +91,17 @@ def from_pretrained(path: str | Path) -> Model:
     """Load a model from a directory, or from a Hugging Face hub id where there is a network.
 
     Args:
-        path: a directory with ``config.json`` and ``model.safetensors``; a file ending in one of
+        path: a directory with ``config.json`` and ``model.safetensors`` (or ``pytorch_model.bin``, of which nothing but
+            tensors is read); a file ending in one of
             :data:`FILES` (GGUF, Keras, g2p-en's ``.npz``), or a directory that holds just one; or an id such as
-            ``"sentence-transformers/all-MiniLM-L6-v2"``, downloaded with ``huggingface_hub``.
+            ``"sentence-transformers/all-MiniLM-L6-v2"``, downloaded with ``huggingface_hub``; or ``"preset:"`` and the
+            name of a preset, whose weights are seeded.
 
     Raises:
         ModelError: when a file or field is missing, or the model family or one of its options is not supported.
     """
+    if str(path).startswith(PREFIX):
+        return preset(str(path))
     directory = Path(path)
     if file := _checkpoint(directory):
         model = FILES[file.suffix](file)
@@ -122,9 +127,29 @@ def from_pretrained(path: str | Path) -> Model:
     family = fields.get("model_type")
     if family not in LOADERS:
         raise ModelError(f"{config_path}: model_type {family!r} is not supported; expected one of {sorted(LOADERS)}")
-    model = LOADERS[family](fields, read_safetensors(directory), directory)
+    if quantized := fields.get("quantization_config"):
+        raise unsupported("quantization_config", quantized, "weights that are floats", str(config_path))
+    model = LOADERS[family](fields, read_tensors(directory), directory)
     model.directory = directory
     return model
+
+
+def read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a directory's safetensors files, or else of its PyTorch checkpoint, ``pytorch_model.bin``.
+
+    Raises:
+        ModelError: there is neither, or a file is damaged or holds more than tensors.
+    """
+    index = directory / "pytorch_model.bin.index.json"
+    whole = directory / "pytorch_model.bin"
+    if any(directory.glob("*.safetensors")) or not (index.is_file() or whole.is_file()):
+        return read_safetensors(directory)
+    from attntune.models.checkpoints import read_torch
+
+    files = [whole]
+    if index.is_file():
+        files = sorted({directory / name for name in json.loads(index.read_text())["weight_map"].values()})
+    return {name: tensor for file in files for name, tensor in read_torch(file).items()}
 
 
 def read_safetensors(directory: Path) -> dict[str, np.ndarray]:

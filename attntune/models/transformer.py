@@ -81,6 +81,8 @@ def load_annalog(directory: Path) -> Model:
     if not isinstance(vocabulary, dict) or not isinstance(vocabulary.get("itos"), list):
         raise ModelError(f"{vocabularies[0]}: expected a dict with the list 'itos'")
     tokens = [str(token) for token in vocabulary["itos"]]
+    if lacking := [token for token in ("<sos>", "<eos>", "<unk>", "<pad>") if token not in tokens]:
+        raise ModelError(f"{vocabularies[0]}: expected the tokens {lacking} in 'itos'")
     config = _annalog_config(tensors, checkpoints[0])
     if len(tokens) != config.vocab_size:
         raise ModelError(f"{vocabularies[0]} has {len(tokens)} tokens; expected {config.vocab_size}")

@@ -16,7 +16,7 @@ import numpy as np
 from attntune.errors import ModelError
 from attntune.models.audio import HOP, SAMPLE_RATE, SECONDS, WINDOW
 from attntune.models.bert import ACTIVATIONS
-from attntune.models.config import choose, integers, require_fields, unsupported
+from attntune.models.config import choose, integers, require_fields, require_fixed, require_sizes, unsupported
 from attntune.models.ctranslate2 import read_ctranslate2
 from attntune.models.encoder_decoder import EncoderDecoderConfig, build
 from attntune.models.model import Generation, Model
@@ -27,6 +27,11 @@ FAMILY = "whisper"
 _BATCHES, _PROMPT = (1, 5), 4
 #: CTranslate2's activations by number (``ActivationType`` of its ``common_spec.py``).
 _CTRANSLATE2_ACTIVATIONS = {0: "relu", 1: "gelu_tanh", 2: "silu", 3: "gelu"}
+#: Numbers of a side whose only supported value is this, where they are there.
+_CTRANSLATE2_FIXED = {
+    "pre_norm": 1, "scale_embeddings": 0, "alibi": 0, "start_from_zero_embedding": 0, "multi_query_attention": 0,
+    "sliding_window": 0,
+}  # fmt: skip
 #: Frames of the spectrogram for each row of the encoder: its second convolution has stride 2.
 _FRAMES = 2
 
@@ -96,15 +101,18 @@ def config_from_json(fields: Mapping[str, Any]) -> EncoderDecoderConfig:
         "encoder_ffn_dim", "decoder_ffn_dim", "vocab_size", "num_mel_bins", "max_source_positions",
         "max_target_positions", "activation_function",
     )  # fmt: skip
+    require_sizes(
+        fields, "d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads",
+        "encoder_ffn_dim", "decoder_ffn_dim", "vocab_size", "num_mel_bins", "max_source_positions",
+        "max_target_positions",
+    )  # fmt: skip
     for encoder, decoder in (
         ("encoder_attention_heads", "decoder_attention_heads"),
         ("encoder_ffn_dim", "decoder_ffn_dim"),
     ):
         if fields[encoder] != fields[decoder]:
             raise unsupported(decoder, fields[decoder], f"{encoder} {fields[encoder]}")
-    for name, expected in (("scale_embedding", False), ("tie_word_embeddings", True)):
-        if fields.get(name, expected) is not expected:
-            raise unsupported(name, fields[name], expected)
+    require_fixed(fields, {"scale_embedding": False, "tie_word_embeddings": True})
     hidden, heads = fields["d_model"], fields["encoder_attention_heads"]
     if hidden % heads:
         raise unsupported("encoder_attention_heads", heads, f"a divisor of d_model {hidden}")
@@ -303,15 +311,13 @@ def _from_ctranslate2(tensors: Mapping[str, np.ndarray], numbers: Mapping[str, i
     def layers(side: str) -> int:
         return len({name.split("/")[1] for name in tensors if name.startswith(f"{side}/layer_")} - {"layer_norm"})
 
-    def must_be(name: str, expected: int) -> None:
-        if numbers.get(f"decoder/{name}", expected) != expected:
-            raise ModelError(
-                f"model.bin: decoder/{name} {numbers[f'decoder/{name}']} is not supported; expected {expected}"
-            )
-
-    must_be("pre_norm", 1)
-    must_be("scale_embeddings", 0)
-    must_be("alibi", 0)
+    for side in ("encoder", "decoder"):
+        require_fixed(numbers, {f"{side}/{name}": value for name, value in _CTRANSLATE2_FIXED.items()}, "model.bin")
+        if rotary := [name for name in numbers if name.startswith(f"{side}/rotary_")]:
+            raise unsupported(rotary[0], numbers[rotary[0]], "learned positions", "model.bin")
+    for name in ("num_heads", "activation"):
+        if numbers.get(f"encoder/{name}", numbers.get(f"decoder/{name}")) != numbers.get(f"decoder/{name}"):
+            raise unsupported(f"decoder/{name}", numbers.get(f"decoder/{name}"), f"that of encoder/{name}", "model.bin")
     activation = numbers.get("decoder/activation", 3)
     if activation not in _CTRANSLATE2_ACTIVATIONS:
         raise ModelError(

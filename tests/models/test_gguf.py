@@ -17,6 +17,7 @@ from attntune import cli
 from attntune.cli import open_model
 from attntune.compiler import compile
 from attntune.errors import ModelError
+from attntune.interop import export_onnx, verify_onnx
 from attntune.models import from_pretrained
 from attntune.models.precision import at_precision, supported
 from attntune.ops.grouped import ungrouped
@@ -101,6 +102,17 @@ def test_the_tokenizer_and_chat_template_come_along(tmp_path):
     config = json.loads((model.directory / "tokenizer_config.json").read_text())
     assert config == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": "{{ messages }}"}
     assert model.generation.stop == (96,)
+
+
+def test_command_line_draws_what_its_tokens_attend_to(capsys, tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf")
+    words = ["--text", "he heap", "--attention", f"{tmp_path}/m.png", "--query", "a", "--json"]
+    assert cli.main(["run", str(path), *words]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["tokens"] == [["he", "\u0120he", "a", "p"]]
+    # No query sees what comes after it.
+    assert {found["token"]: found["weight"] > 0 for found in document["top"]} == {"he": True, "p": False}
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -216,6 +228,16 @@ def _hugging_face_tensors(model):
     return tensors
 
 
+def test_smollm2_knows_the_capital_of_france(smollm2_in_chunks):
+    """As a text to write on, and as what the answer to a question begins with."""
+    model, tuned = smollm2_in_chunks
+    codec = Codec(model.directory)
+    question = codec.chat([{"role": "user", "content": "What is the capital of France?"}])
+    for prompt in (codec.encode("The capital of France is"), [*question, *codec.encode("The capital of France is")]):
+        (tokens,) = tuned.generate([prompt], max_new_tokens=2).tokens
+        assert codec.decode(tokens) == " Paris."
+
+
 def test_a_conversation_is_answered_as_if_it_were_read_again(smollm2_in_chunks, monkeypatch, capsys):
     model, tuned = smollm2_in_chunks
     monkeypatch.setattr(open_model, "open_model", lambda path, precision=None: (tuned, model.directory))
@@ -272,6 +294,15 @@ WRITING = {"shapes": [{"batch": 1, "seq": 8, "context": 72}], "entries": ["prefi
 
 def test_smollm2_writes_what_pytorch_writes_token_for_token(smollm2_model):
     assert_it_writes_what_pytorch_writes(smollm2_model, compile(smollm2_model, **WRITING))
+
+
+def test_smollm2s_onnx_twin_takes_and_gives_its_cache(smollm2_model, tmp_path):
+    path = export_onnx(smollm2_model, tmp_path / "m.onnx", entry="decode")
+    parity = verify_onnx(
+        path, smollm2_model, entry="decode", shapes=({"batch": 1, "context": 8},), masks=("full",), threads=2
+    )
+    assert {case.output for case in parity.cases} >= {"logits", "next_key_cache.29", "next_value_cache.0"}
+    assert parity.ok, parity.max_abs_error
 
 
 def test_smollm2_at_4_bits_is_the_file_itself(smollm2_model, smollm2_at_int4):

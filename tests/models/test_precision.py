@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -9,7 +10,9 @@ import oracle
 import pytest
 
 import attntune
-from attntune.errors import ModelError, TuningError
+from attntune.database.record import Status, TuningRecord
+from attntune.errors import ModelError, PrecisionWarning, TuningError
+from attntune.measure.runner import Runner
 from attntune.models.bert import BertConfig, random_model
 from attntune.models.precision import at_precision, retyped, supported
 from attntune.runtime.tuned_model import TunedModel
@@ -19,6 +22,19 @@ from attntune.tuner import tune
 SHAPES = [{"batch": 1, "seq": 32}, {"batch": 4, "seq": 64}]
 TINY = BertConfig(50, 32, 2, 2, 64, 16, 2, "gelu", 1e-12)
 COSINE = {"bfloat16": 0.999, "int8": 0.99, "int4": 0.97}
+
+
+class Refusing(Runner):
+    """Runs nothing: every trial fails to build."""
+
+    def measure(self, trials):
+        for trial in trials:
+            yield TuningRecord(
+                trial.workload.key(), trial.target.key(), trial.template, trial.config, Status.BUILD_ERROR
+            )
+
+    def race(self, trials, rounds):
+        return list(self.measure(trials))
 
 
 def tiny_bert():
@@ -76,9 +92,57 @@ def test_a_cpu_without_the_instructions_compiles_float32_and_is_told():
     assert lines[0] == "x86-64-v3 lacks avx512bf16: float32 instead of bfloat16"
 
 
-def test_tuning_for_a_cpu_without_the_instructions_is_refused():
-    with pytest.raises(TuningError, match="cannot tune at int8: x86-64-v3 lacks avx512bf16, avx512vnni"):
-        tune(tiny_bert(), target="x86-64-v3", trials=1, precision="int8")
+def test_without_progress_it_is_a_warning():
+    with pytest.warns(PrecisionWarning, match="x86-64-v3 lacks avx512bf16: float32 instead of bfloat16"):
+        attntune.compile(tiny_bert(), shapes=[(1, 8)], target="x86-64-v3", precision="bfloat16")
+
+
+def test_a_model_without_the_kernels_compiles_float32_and_is_told():
+    from attntune.models.rnn import RNNConfig, random_model
+
+    model = random_model(RNNConfig(11, 13, 6, 7, 5, 9, attention=True))
+    for precision, found in (("bfloat16", "float32"), ("int8", "float32"), ("int4", "int4")):
+        lines = []
+        artifact = attntune.compile(
+            model, shapes=[(1, 4, 4)], entries=["decode"], target="znver4", precision=precision,
+            on_progress=lines.append,
+        )  # fmt: skip
+        assert artifact.manifest["precision"] == found
+        told = f"rnn: additive_attention, gru_sequence compute float32 only: float32 instead of {precision}"
+        assert (told in lines) == (found != precision)
+
+
+def test_run_says_so_every_time(capsys, monkeypatch, tmp_path):
+    from checkpoints import GPT2, gpt2_tensors, write
+
+    from attntune.cli.open_model import open_model
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        "attntune.models.precision.supported",
+        lambda precision, target: ("float32", "" if precision == "float32" else "this CPU lacks it"),
+    )
+    folder = write(tmp_path / "gpt2", GPT2, gpt2_tensors(GPT2))
+    for compiled in (1, 0):
+        tuned, _ = open_model(folder, "bfloat16", entries=["forward"], shapes=[{"batch": 1, "seq": 4}])
+        assert tuned.manifest["precision"] == "float32"
+        said = capsys.readouterr().err
+        assert said.count("this CPU lacks it") == 1
+        assert said.count("compiling") == compiled
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_tuning_for_a_cpu_without_the_instructions_is_for_float32_and_says_so(tmp_path, told):
+    reason = "x86-64-v3 lacks avx512bf16, avx512vnni: float32 instead of int8"
+    lines: list[str] = []
+    with contextlib.nullcontext() if told else pytest.warns(PrecisionWarning, match=reason):
+        summary = tune(
+            tiny_bert(), target="x86-64-v3", trials=1, precision="int8", shapes=[(1, 8)], runner=Refusing(),
+            database=tmp_path / "tuning.jsonl", on_progress=lines.append if told else None,
+        )  # fmt: skip
+    assert lines == ([reason] if told else [])
+    expected = tiny_bert().workloads([{"batch": 1, "seq": 8}], "forward")
+    assert {result.workload for result in summary.results} == set(expected)
 
 
 def test_tuning_a_workload_takes_no_precision():

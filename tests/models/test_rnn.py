@@ -116,6 +116,28 @@ def test_phonemes_of_200_words_are_those_of_the_packages_own_code(g2p, g2p_dir):
         assert found == [own.predict(word) for word in words[at : at + 4]]
 
 
+def test_logits_are_those_of_the_packages_own_code(g2p, g2p_dir):
+    """Its own cells and loops; the output layer, which its ``predict`` keeps to itself, from its arrays."""
+    own = packages_own(g2p_dir)
+    vocabulary = Vocabulary.load(g2p.folder / "vocabulary.json")
+    for word in ("attention", "transformer"):
+        symbols = own.predict(word)
+        target = [own.p2idx[symbol] for symbol in ["<s>", *symbols]][:8]
+        encoded = own.encode(word)
+        h = own.gru(
+            encoded, encoded.shape[1], own.enc_w_ih, own.enc_w_hh, own.enc_b_ih, own.enc_b_hh,
+            h0=np.zeros((1, own.enc_w_hh.shape[-1]), np.float32),
+        )[:, -1]  # fmt: skip
+        expected = []
+        for token in target:
+            h = own.grucell(own.dec_emb[[token]], h, own.dec_w_ih, own.dec_w_hh, own.dec_b_ih, own.dec_b_hh)
+            expected.append(h @ own.fc_w.T + own.fc_b)
+        ids, lengths = vocabulary.encode([word])
+        logits = g2p.run("forward", input_ids=ids, source_lengths=lengths, decoder_input_ids=np.array([target]))
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(logits[0], np.concatenate(expected), rtol=1e-3, atol=1e-4 * scale)
+
+
 def test_one_by_one_equals_together_and_padding_changes_nothing(g2p):
     words = ["a", "encyclopaedia", "bahdanau"]
     assert generate(g2p, words)[0] == [generate(g2p, [word])[0][0] for word in words]
@@ -267,6 +289,15 @@ def test_the_onnx_twin_of_every_entry_matches(kind, tmp_path):
         assert parity.ok, (entry, parity.max_abs_error)
 
 
+def test_the_onnx_twins_of_the_real_ones_match(g2p_dir, netra_model, tmp_path):
+    for model in (from_pretrained(g2p_dir), netra_model):
+        for entry in model.entries:
+            path = export_onnx(model, tmp_path / f"{model.name}-{entry}.onnx", entry=entry)
+            shape = {"batch": 2, "source": 25, "seq": 6}
+            parity = verify_onnx(path, model, entry=entry, shapes=(shape,), masks=("full", "ragged"))
+            assert parity.ok, (model.name, entry, parity.max_abs_error)
+
+
 def test_what_does_not_fit_is_named(g2p_dir, tmp_path):
     with np.load(g2p_dir / "checkpoint20.npz") as stored:
         arrays = dict(stored)
@@ -284,7 +315,14 @@ def test_what_does_not_fit_is_named(g2p_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layer", "option", "value"), [("gru_7", "reset_after", False), ("embedding_8", "mask_zero", True)]
+    ("layer", "option", "value"),
+    [
+        ("gru_7", "reset_after", False),
+        ("embedding_8", "mask_zero", True),
+        ("bidirectional_3", "merge_mode", "sum"),
+        ("concatenate_7", "axis", 1),
+        ("dense_13", "use_bias", False),
+    ],
 )
 def test_an_unsupported_keras_option_is_named(netra_dir, tmp_path, layer, option, value):
     with zipfile.ZipFile(next(netra_dir.glob("*.keras"))) as archive:
@@ -295,7 +333,7 @@ def test_an_unsupported_keras_option_is_named(netra_dir, tmp_path, layer, option
     with zipfile.ZipFile(tmp_path / "m.keras", "w") as archive:
         archive.writestr("config.json", json.dumps(config))
         archive.writestr("model.weights.h5", weights)
-    with pytest.raises(ModelError, match=f"{layer}: {option} {value} is not supported"):
+    with pytest.raises(ModelError, match=f"{layer}: {option} {value!r} is not supported"):
         from_pretrained(tmp_path / "m.keras")
 
 

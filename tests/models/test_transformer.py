@@ -1,6 +1,8 @@
 """The Transformer of 2017 with ANNalog's weights, against PyTorch from the checkpoint's own tensors."""
 
 import importlib.util
+import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from attntune import cli
 from attntune.compiler import compile
+from attntune.errors import InputError, ModelError
 from attntune.interop import export_onnx, verify_onnx
 from attntune.models import from_pretrained
 from attntune.runtime import load
@@ -32,9 +36,22 @@ def model(directory):
 
 
 @pytest.fixture(scope="module")
-def tuned(model, tmp_path_factory):
-    shapes = [{"batch": batch, "source": 32, "seq": 1, "context": 102} for batch in (1, 3)]
-    return load(compile(model, shapes=shapes).save(tmp_path_factory.mktemp("annalog") / "m.attn"))
+def tuned(directory, tmp_path_factory):
+    """Compiled from the command line: batch, length of the source, length of the target."""
+    path = tmp_path_factory.mktemp("annalog") / "m.attn"
+    assert cli.main(["compile", str(directory), "--shapes", "1x32x102,4x32x102xseq=1", "--output", str(path)]) == 0
+    return load(path)
+
+
+def test_lengths_that_the_model_does_not_have_are_named(capsys, directory, tmp_path):
+    for shapes, message in (
+        ("1x32", "expected values for ['source'] of entry 'encode', got {'batch': 1, 'seq': 32}; give batch x source"),
+        ("1x200x32", "expected source between 1 and 102, got 200"),
+        ("1x32x103", "expected target between 1 and 102, got 103"),
+    ):
+        assert cli.main(["compile", str(directory), "--shapes", shapes, "-o", str(tmp_path / "m.attn")]) == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +112,32 @@ def greedy(t, source, generation, most):
     return written[len(generation.start) :]
 
 
+def best_of_beams(t, source, generation, beams, most):
+    """The likeliest sequence by length-normalised beam search, recomputing everything for every beam."""
+    opened, finished = [(0.0, ())], []
+    for length in range(1, most + 1):
+        options = []
+        for total, tokens in opened:
+            scores = oracle(t, source, [*generation.start, *tokens])[-1].double().log_softmax(-1)
+            scores[list(generation.suppress)] = -torch.inf
+            values, ids = scores.topk(2 * beams)
+            options += [
+                (total + value, (*tokens, token)) for value, token in zip(values.tolist(), ids.tolist(), strict=True)
+            ]
+        options.sort(key=lambda option: -option[0])
+        opened = []
+        for total, tokens in options:
+            if tokens[-1] in generation.stop:
+                finished.append((total / length, tokens[:-1]))
+            elif len(opened) < beams:
+                opened.append((total, tokens))
+        if len(finished) >= beams and max(t for t, _ in opened) / most < sorted(f for f, _ in finished)[-beams]:
+            break
+    else:
+        finished += [(total / most, tokens) for total, tokens in opened]
+    return max(finished)
+
+
 def ids_of(tuned, source):
     """Token ids of one source, without padding."""
     found = Codec(tuned.folder).sources([source])
@@ -121,6 +164,19 @@ def test_greedy_is_pytorchs_token_for_token(model, checkpoint, tuned, source):
     assert len(expected) > 0
 
 
+def test_beam_search_finds_what_recomputing_everything_finds(model, checkpoint, tuned):
+    source = SOURCES[2]
+    found = tuned.generate([[]], source=Codec(tuned.folder).sources([source]), max_new_tokens=40, beams=4)
+    score, tokens = best_of_beams(checkpoint, ids_of(tuned, source), model.generation, 4, 40)
+    assert found.tokens == [list(tokens)]
+    assert found.scores[0] == pytest.approx(score, rel=1e-3)
+
+
+def test_longer_than_its_positions_is_an_error(tuned):
+    with pytest.raises(InputError, match=r"expected prompt and new tokens within 102, got 1 \+ 102"):
+        tuned.generate([[]], source=Codec(tuned.folder).sources(SOURCES[:1]), max_new_tokens=102)
+
+
 def test_a_batch_of_different_lengths_is_one_by_one(tuned):
     codec = Codec(tuned.folder)
     together = tuned.generate([[], [], []], source=codec.sources(SOURCES), max_new_tokens=40).tokens
@@ -128,8 +184,30 @@ def test_a_batch_of_different_lengths_is_one_by_one(tuned):
     assert together == alone
 
 
-@pytest.mark.parametrize("entry", ["encode", "prefill", "decode", "forward"])
+@pytest.mark.parametrize("entry", ["encode", "prefill", "decode", "forward", "attend"])
 def test_the_onnx_twin_of_every_entry_matches(model, entry, tmp_path):
     path = export_onnx(model, tmp_path / "m.onnx", entry=entry)
     parity = verify_onnx(path, model, entry=entry, shapes=({"batch": 2, "source": 9, "seq": 3, "context": 12},))
     assert parity.ok, (entry, parity.max_abs_error)
+
+
+def test_a_vocabulary_that_lacks_a_token_is_named(directory, tmp_path):
+    (tmp_path / "m.pt").symlink_to(directory / "Lev_extended.pt")
+    (tmp_path / "vocab.pkl").write_bytes(pickle.dumps({"itos": ["<pad>", "<eos>", "<unk>", "C"]}))
+    with pytest.raises(ModelError, match=r"expected the tokens \['<sos>'\] in 'itos'"):
+        from_pretrained(tmp_path)
+
+
+def test_command_line_draws_the_alignment(capsys, directory, tmp_path):
+    drawn = tmp_path / "m.html"
+    words = ["run", str(directory), "--text", "CCO", "--attention", str(drawn), "--query", "O", "--max-new-tokens", "8"]
+    assert cli.main([*words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    (written,) = document["tokens"]
+    assert "O" in written
+    assert {found["token"] for found in document["top"]} <= {"C", "O"}
+    page = drawn.read_text()
+    assert page.count("<section") == 3
+    assert "&lt;sos&gt;" in page
+    assert cli.main([*words, "--beams", "2"]) == 2
+    assert "without --beams" in capsys.readouterr().err

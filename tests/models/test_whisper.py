@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write
+from torch.nn import functional as F
 
+from attntune import cli
 from attntune.cli.run_generation import Options, run_generation
 from attntune.compiler import compile
-from attntune.engines.torch_reference import torch_reference
 from attntune.errors import ModelError
 from attntune.interop import export_onnx, verify_onnx
 from attntune.models import from_pretrained
@@ -45,12 +46,22 @@ def model(directory):
     return from_pretrained(directory)
 
 
+@pytest.fixture(scope="module")
+def tuned(model, tmp_path_factory):
+    """Every entry, for two recordings and 32 tokens."""
+    artifact = compile(model, shapes=[{"batch": 2, "target": 32}], entries=list(model.entries))
+    return load(artifact.save(tmp_path_factory.mktemp("whisper") / "m.attn"))
+
+
 @pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_it_writes_down_what_it_hears(model, wav, tmp_path, precision):
+def test_it_writes_down_what_it_hears(request, model, wav, tmp_path, precision):
     if (reason := supported(precision, native())[1]) != "":
         pytest.skip(reason)
-    shapes = [{"batch": 1, "seq": 4, "context": 448}]
-    tuned = load(compile(model, shapes=shapes, precision=precision).save(tmp_path / "m.attn"))
+    if precision == "float32":
+        tuned = request.getfixturevalue("tuned")
+    else:
+        shapes = [{"batch": 1, "seq": 4, "context": 448}]
+        tuned = load(compile(model, shapes=shapes, precision=precision).save(tmp_path / "m.attn"))
     reply = run_generation(tuned, Codec(tuned.folder), [], [wav], Options(), live=False)
     words = "".join(c for c in reply.document["texts"][0].lower() if c.isalpha() or c == " ").split()
     assert words == [
@@ -79,19 +90,94 @@ def test_the_front_end_is_a_short_time_fourier_transform(wav):
     np.testing.assert_allclose(log_mel(samples), expected.numpy(), atol=1e-3)
 
 
-def test_logits_match_pytorch(model, wav, tmp_path):
-    whole = load(compile(model, shapes=[{"batch": 1, "seq": 8}], entries=["forward"]).save(tmp_path / "m.attn"))
+@torch.inference_mode()
+def oracle(t, features):
+    """From tensors by Hugging Face's names and a spectrogram (1, mels, frames): target tokens → logits (seq, vocab)."""
+
+    def linear(x, name):
+        return F.linear(x, t[f"{name}.weight"], t.get(f"{name}.bias"))
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], t[f"{name}.weight"], t[f"{name}.bias"])
+
+    def attend(x, memory, name, causal=False):
+        q, k, v = (
+            linear(value, f"{name}.{part}_proj").unflatten(-1, (6, -1)).transpose(0, 1)
+            for value, part in ((x, "q"), (memory, "k"), (memory, "v"))
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return linear(mixed.transpose(0, 1).flatten(1), f"{name}.out_proj")
+
+    def feed_forward(x, name):
+        return linear(F.gelu(linear(norm(x, f"{name}.final_layer_norm"), f"{name}.fc1")), f"{name}.fc2")
+
+    memory = features
+    for index, stride in ((1, 1), (2, 2)):
+        at = f"model.encoder.conv{index}"
+        memory = F.gelu(F.conv1d(memory, t[f"{at}.weight"], t[f"{at}.bias"], stride, padding=1))
+    memory = memory[0].T + t["model.encoder.embed_positions.weight"]
+    for index in range(4):
+        at = f"model.encoder.layers.{index}"
+        x = norm(memory, f"{at}.self_attn_layer_norm")
+        memory = memory + attend(x, x, f"{at}.self_attn")
+        memory = memory + feed_forward(memory, at)
+    memory = norm(memory, "model.encoder.layer_norm")
+
+    @torch.inference_mode()
+    def decode(ids):
+        table = t["model.decoder.embed_tokens.weight"]
+        x = table[torch.tensor(ids)] + t["model.decoder.embed_positions.weight"][: len(ids)]
+        for index in range(4):
+            at = f"model.decoder.layers.{index}"
+            own = norm(x, f"{at}.self_attn_layer_norm")
+            x = x + attend(own, own, f"{at}.self_attn", causal=True)
+            x = x + attend(norm(x, f"{at}.encoder_attn_layer_norm"), memory, f"{at}.encoder_attn")
+            x = x + feed_forward(x, at)
+        return norm(x, "model.decoder.layer_norm") @ table.T
+
+    return decode
+
+
+def test_logits_and_greedy_are_pytorchs(model, tuned, tensors, wav):
     features = log_mel(read_wav(wav))[None]
-    inputs = {"input_features": features, "decoder_input_ids": np.array([[50257, 50362, 10776, 3088, 11, 1683, 4054]])}
-    expected = torch_reference(model, inputs, "forward", "float32")["logits"]
-    got = whole(**inputs)
+    decode = oracle({n: torch.from_numpy(np.array(v)) for n, v in tensors.items()}, torch.from_numpy(features))
+    generation = model.generation
+    written = list(generation.start)
+    while written[-1] not in generation.stop:
+        scores = decode(written)[-1].clone()
+        scores[list(generation.suppress)] = -torch.inf
+        if len(written) == len(generation.start):
+            scores[list(generation.suppress_first)] = -torch.inf
+        written.append(int(scores.argmax()))
+    expected = decode(written[:-1]).numpy()
+    got = tuned(input_features=features, decoder_input_ids=np.array([written[:-1]]))[0]
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    new = written[len(generation.start) : -1]
+    assert tuned.generate([[]], source={"input_features": features}, max_new_tokens=28).tokens == [new]
+    # Half of it together with the whole: rows of a batch end at different lengths.
+    half = log_mel(read_wav(wav)[: 16000 * 4])[None]
+    (alone,) = tuned.generate([[]], source={"input_features": half}, max_new_tokens=28).tokens
+    both = {"input_features": np.concatenate([half, features])}
+    assert tuned.generate([[], []], source=both, max_new_tokens=28).tokens == [alone, new]
+    assert len(alone) != len(new)
 
 
-@pytest.mark.parametrize("entry", ["encode", "prefill", "decode"])
+def test_command_line_draws_what_it_hears(capsys, directory, tuned, wav, tmp_path):
+    words = ["--audio", str(wav), "--attention", str(tmp_path / "m.html"), "--query", "ever", "--max-new-tokens", "6"]
+    assert cli.main(["run", str(tuned.folder), *words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["tokens"][0][:3] == ["<|notimestamps|>", "\u0120Ever", "\u0120tried"]
+    # Weights lie where the words are said.
+    assert all(float(found["token"].removesuffix(" s")) < 3.0 for found in document["top"][:2])
+    assert (tmp_path / "m.html").read_text().count("<section") == 3
+    assert cli.main(["run", str(directory), "--text", "a", "--attention", str(tmp_path / "n.html")]) == 2
+    assert "expected --audio FILE.wav or --inputs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("entry", ["encode", "prefill", "decode", "forward"])
 def test_the_onnx_twin_of_every_entry_matches(model, entry, tmp_path):
     path = export_onnx(model, tmp_path / "m.onnx", entry=entry)
-    parity = verify_onnx(path, model, entry=entry, shapes=({"batch": 1, "seq": 3, "context": 12},))
+    parity = verify_onnx(path, model, entry=entry, shapes=({"batch": 1, "seq": 3, "context": 12},), masks=("full",))
     assert parity.ok, (entry, parity.max_abs_error)
 
 

@@ -313,10 +313,17 @@ class TestDoctor:
         assert list(doctor_module.torch_extension()) == []
 
 
+def test_shapes_of_an_encoder_decoder_have_a_source_and_a_target():
+    both = {"batch": 1, "source": 64, "target": 32}
+    assert parse_shapes("1x64x32, 4x64x32xseq=8") == [both, {**both, "batch": 4, "seq": 8}]
+    assert parse_shapes("1xsource=64xtarget=32,source=64 x target=32 x batch=1") == [both, both]
+
+
 def test_shapes_take_dimensions_by_name():
     assert parse_shapes("1x128xcontext=2048, 8×16") == [
         {"batch": 1, "seq": 128, "context": 2048}, {"batch": 8, "seq": 16}
     ]  # fmt: skip
-    for wrong in ("1x128x5", "1xbatch=2", "x", "1x128xcontext="):
+    assert parse_shapes("batch=8") == [{"batch": 8}]
+    for wrong in ("8", "1xbatch=2", "x", "1x128xcontext=", "1x2x3x4", "context=9x1", "1xseq=2x3"):
         with pytest.raises(InputError, match="expected shapes such as"):
             parse_shapes(wrong)

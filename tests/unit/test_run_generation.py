@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from test_generation import CONTEXT, VOCAB, Toy
 
-from attntune.cli.run_generation import Options, run_generation
+from attntune.cli.run_generation import Options, run_arrays, run_generation
 from attntune.errors import InputError
 from attntune.runtime.generation import Generated
 from attntune.runtime.sequences import limit
@@ -69,6 +70,28 @@ def test_without_a_number_the_cache_is_the_limit(codec):
     assert limit(toy) == CONTEXT
     reply = run_generation(toy, codec, ["abc"], [], Options(), live=False)
     assert reply.document["new_tokens"] == CONTEXT - 3
+
+
+def test_token_ids_are_written_on_from(capsys, tmp_path):
+    toy = Toy(2, stop=())
+    arrays = {"input_ids": np.array([[1, 2, 3], [4, 0, 0]]), "lengths": np.array([3, 1])}
+    expected = [toy.greedy([1, 2, 3], 6, stop=()), toy.greedy([4], 6, stop=())]
+    reply = run_arrays(toy, arrays, Options(max_new_tokens=6), tmp_path / "out" / "tokens.npz")
+    assert reply.document["tokens"] == expected
+    assert reply.text.splitlines() == [" ".join(map(str, row)) for row in expected]
+    with np.load(tmp_path / "out" / "tokens.npz") as written:
+        assert written["tokens"].tolist() == expected
+        assert written["lengths"].tolist() == [6, 6]
+    assert "decode" in capsys.readouterr().err
+    assert len(run_arrays(toy, arrays, Options(beams=2), None).document["tokens"][0]) == CONTEXT - 3
+    for wrong, message in (
+        ({"ids": arrays["input_ids"]}, r"expected arrays \['input_ids'\] to write on from, got \['ids'\]"),
+        ({"input_ids": np.ones((2, 3))}, "of integers and as many lengths, got float64"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_arrays(toy, wrong, Options(max_new_tokens=2), None)
+    with pytest.raises(InputError, match="without --stop, --chat"):
+        run_arrays(toy, arrays, Options(stop=("a",)), None)
 
 
 def test_what_does_not_fit_is_said(codec, tmp_path):
