@@ -24,6 +24,12 @@ Ladder (GFLOP/s without the softmax; 12 heads, float32, 2 cores of Zen 4, measur
     values copied to a contiguous block first: 5 % slower, left out
     4 vectors × 4 keys, 2 × 8, 1 × 12 with query_tiles 2: 25 % slower where the second product's sums are spilled
     odd strides between query vectors: no difference beyond noise, kept
+
+The same on 2 cores of Zen 3 (AVX2, measured peak 189), 12 heads of 64, softmax included:
+
+    seq 512, 2 vectors of the head × 4 queries in registers       102
+    + 3 × 4                                                       107
+    + values of a pass copied side by side                        112  (PyTorch's layout: 130 either way)
 """
 
 from __future__ import annotations
@@ -38,6 +44,9 @@ from attntune.target import Target
 from attntune.templates.cpu.attention_blocks import held_dims
 from attntune.templates.cpu.attention_kernel import AttentionKernel
 from attntune.templates.template import ScheduleTemplate
+
+#: Queries in a block from which on copied values are read often enough to pay for the copy.
+_COPY_QUERIES = 32
 
 
 class AttentionCPU(ScheduleTemplate):
@@ -65,6 +74,10 @@ class AttentionCPU(ScheduleTemplate):
             # Whether a core takes all heads of some queries, rather than all queries of some heads.
             Knob("heads_inner", (False, True) if query_vectors > 1 and w.heads > 1 else (False,)),
         ]
+
+        if dims < math.ceil(w.head_dim / lanes):
+            # Several passes over the values: whether each first copies its columns of them side by side.
+            knobs.append(Knob("copy_values", (False, True)))
 
         def fits(config: Config) -> bool:
             vectors, tile = config.integer("query_vectors"), config.integer("key_tile")
@@ -101,6 +114,10 @@ class AttentionCPU(ScheduleTemplate):
             keys_and_values = 8 * w.kv_len * w.kv_heads * w.head_dim
             local = w.batch % target.cores != 0 and w.layout == "bshd" and keys_and_values <= target.l2_bytes // 2
             order = 1.0 if config["heads_inner"] == local else 1.01
+            # Rows of a head that lie side by side fit the cache as they are; few queries have little use of a copy.
+            copied = w.layout == "bshd" and min(block_vectors, query_vectors) * lanes >= _COPY_QUERIES
+            if config.get("copy_values", copied) != copied:
+                order *= 1.02
             return imbalance * tiles * shape * blocked * order, config.key()
 
         return min(self.space(workload, target), key=cost)
@@ -122,6 +139,7 @@ class AttentionCPU(ScheduleTemplate):
         block = 4.0 * block_queries * min(config.integer("key_block"), w.kv_len)
         return {
             **super().features(workload, target, config),
+            "copy_values": float(config.get("copy_values", False)),
             "score_registers": (vectors * tile + vectors) / target.vector_registers,
             "out_registers": (rows * dims + dims) / target.vector_registers,
             "score_intensity": vectors * tile / (vectors + tile),

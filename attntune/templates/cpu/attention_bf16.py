@@ -51,7 +51,7 @@ class AttentionBf16CPU(AttentionCPU):
     def space(self, workload: Workload, target: Target) -> ConfigSpace:
         """The float32 template's, and whether operands are made float32 rather than multiplied as pairs."""
         space = super().space(workload, target)
-        knobs = [*space.knobs, Knob("widen", (False, True))]
+        knobs = [*(knob for knob in space.knobs if knob.name != "copy_values"), Knob("widen", (False, True))]
         if attention_amx_kernel.supports(_attention(workload), target):
             knobs.append(Knob("amx", (False, True)))
         return ConfigSpace(knobs, [*space.constraints, _fits_tiles])

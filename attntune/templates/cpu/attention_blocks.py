@@ -62,6 +62,7 @@ class AttentionBlocks:
         self.key_tile = config.integer("key_tile")
         self.out_rows = config.integer("out_rows")
         self.heads_inner = bool(config["heads_inner"])
+        self.copy_values = bool(config.get("copy_values", False))
         self.dims_held = held_dims(w.head_dim, target)
         self.dim_vectors = math.ceil(w.head_dim / self.lanes)
         #: From one query vector to the next, in elements; an odd number of vectors, so not a multiple of 4 KiB.

@@ -104,12 +104,27 @@ class AttentionKernel(AttentionScores):
         """The block's weighted sums of values; ``first``: of its only block of keys."""
         from tvm.tirx.script.builder import ir as T
 
-        with T.serial((self.queries + (self.out_rows - 1)) // self.out_rows) as t:
-            low, high = self._within(t * self.out_rows, self.out_rows)
-            low, high = (x if isinstance(x, int) else self._known(x) for x in (low, high))
-            for e in range(0, self.dim_vectors, self.dims_held):
-                dims = range(e, min(e + self.dims_held, self.dim_vectors))
-                self._out_tile(low, high, t, dims, first)
+        passes = [
+            range(e, min(e + self.dims_held, self.dim_vectors)) for e in range(0, self.dim_vectors, self.dims_held)
+        ]
+        # Copied columns stay in the first-level cache for all queries; else a row's passes follow one another.
+        for together in [[dims] for dims in passes] if self.copy_values else [passes]:
+            if self.copy_values:
+                self._copy_columns(together[0])
+            with T.serial((self.queries + (self.out_rows - 1)) // self.out_rows) as t:
+                low, high = self._within(t * self.out_rows, self.out_rows)
+                low, high = (x if isinstance(x, int) else self._known(x) for x in (low, high))
+                for dims in together:
+                    self._out_tile(low, high, t, dims, first)
+
+    def _copy_columns(self, dims: range) -> None:
+        """The block's values in ``dims`` vectors of the head, side by side: ``columns`` (keys, dims, lanes)."""
+        from tvm.tirx.script.builder import ir as T
+
+        self.columns = T.sblock_alloc_buffer((self.key_block, len(dims), self.lanes), "float32")
+        with T.serial(self.keys) as j:
+            for e, dim in enumerate(dims):
+                self.v.store(self.columns, [j, e, 0], self._value(self.start + j, dim))
 
     def _group(self, g: Any, vectors: int, first: bool) -> None:
         """Scores and exponentials of the query vectors ``g`` to ``g + vectors`` against the block of keys."""
@@ -213,7 +228,8 @@ class AttentionKernel(AttentionScores):
                     row = T.min(t * rows + a, self.block_vectors * lanes - 1)
                     weight = self.p[tuple(self._s(row // lanes, j, row % lanes))]
                 for e, dim in enumerate(dims):
-                    product = v.broadcast(weight) * self._value(self.start + j, dim)
+                    value = v.load(self.columns, [j, e, 0]) if self.copy_values else self._value(self.start + j, dim)
+                    product = v.broadcast(weight) * value
                     v.store(acc, [a, e, 0], v.load(acc, [a, e, 0]) + product)
         for a in range(rows):
             for e, dim in enumerate(dims):

@@ -337,8 +337,8 @@ def _step_cost(rows: int, vectors: int, chains: int, target: Target) -> float:
     started = 0.75 * loads
     crowded = (multiply_adds * chains + vectors) / target.vector_registers > 0.86
     if not _many_registers(target):
-        # Elements of several rows lie in one bank of the cache and come one a cycle, in which two products start; and no
-        # register is too many. (2 cores of Zen 3, 240×384→1152, GFLOP/s: 170 with 4×3, 164 with 6×2, 117 with 8×1.)
+        # A broadcast counts twice, and no register is too many. (2 cores of Zen 3, 240×384→1152, GFLOP/s: 170 with 4×3,
+        # 164 with 6×2, 117 with 8×1, 98 with 12×1.)
         started, crowded = 0.9 * (2 * rows + vectors), False
     return (max(multiply_adds, started, _LATENCY / chains) + 0.05 * loads + panel) * (1.15 if crowded else 1.0)
 
