@@ -195,8 +195,9 @@ def _written(tuned: TunedModel, source: Source) -> Given:
     whole = [[*start, *map(int, tokens)] for tokens in made]
     rows = []
     for index, row in enumerate(whole):
-        # Where a source has one length only, zeros after the text count as text, and say nothing.
-        read = [int(token) for token in np.trim_zeros(ids[index, : lengths[index]], "b")]
+        source_ids = ids[index, : lengths[index]]
+        # Where a source of symbols has one length only, zeros after the text count as text, and say nothing.
+        read = [int(token) for token in (np.trim_zeros(source_ids, "b") if vocabulary else source_ids)]
         names = vocabulary.symbols(row) if vocabulary else _names(row, path)
         keys = vocabulary.source_symbols(read) if vocabulary else _names(read, path)
         rows.append({"attention": names[:-1], "cross_attention": names[1:], "source": keys})
