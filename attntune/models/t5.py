@@ -1,4 +1,4 @@
-"""T5 (Raffel et al., 2020) of version 1.0 and 1.1, Flan-T5 too: text to text, in Hugging Face directories.
+"""T5 (Raffel et al., 2020) of version 1.0 and 1.1, Flan-T5 and mT5 too: text to text, in Hugging Face directories.
 
 Normalisation before each branch and by the root mean square, no biases, scores not scaled, and positions only as a
 bias of self-attention's scores, by buckets of distances.
@@ -22,7 +22,6 @@ from attntune.models.model import Model
 from attntune.models.sentencepiece import t5_tokenizer
 from attntune.models.tensors import Checkpoint
 
-FAMILY = "t5"
 _GATED = "gated-"
 _DEFAULTS: dict[str, Any] = {
     "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6,
@@ -46,10 +45,10 @@ def load(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory
         ModelError: naming what is missing, unknown, mis-shaped or unsupported.
     """
     fields = {**_DEFAULTS, **fields}
-    config = config_from_json(fields)
+    config, family = config_from_json(fields), fields["model_type"]
     settings = {**fields, **read_object(directory / "generation_config.json")}
     model = build(
-        config, rename(config, fields, tensors), name, family=FAMILY, generation=generation(settings, FAMILY),
+        config, rename(config, fields, tensors), name, family=family, generation=generation(settings, family),
         shapes=usual_shapes(config),
     )  # fmt: skip
     if not (directory / "tokenizer.json").is_file() and (directory / "spiece.model").is_file():
@@ -64,7 +63,7 @@ def config_from_json(fields: Mapping[str, Any]) -> EncoderDecoderConfig:
         ModelError: naming the field that is missing or asks for something unsupported.
     """
     fields = {**_DEFAULTS, **fields}
-    require_fields(fields, FAMILY, "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size")
+    require_fields(fields, fields["model_type"], "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size")
     if fields.get("is_encoder_decoder", True) is not True:
         raise unsupported("is_encoder_decoder", fields["is_encoder_decoder"], True)
     projection = str(fields["feed_forward_proj"])

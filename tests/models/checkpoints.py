@@ -28,7 +28,7 @@ MARIAN = {
 T5 = {
     "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 67, "d_model": 48, "d_kv": 10,
     "d_ff": 80, "num_layers": 1, "num_decoder_layers": 2, "num_heads": 6, "feed_forward_proj": "relu",
-    "relative_attention_num_buckets": 32, "relative_attention_max_distance": 40, "layer_norm_epsilon": 1e-6,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 6, "layer_norm_epsilon": 1e-6,
     "n_positions": 72, "tie_word_embeddings": True, "is_encoder_decoder": True, "pad_token_id": 0,
     "decoder_start_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip

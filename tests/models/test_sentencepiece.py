@@ -1,6 +1,5 @@
 """SentencePiece files made byte by byte: their tokens against the likeliest of all ways to spell a text."""
 
-import html
 import json
 import struct
 from itertools import product
@@ -113,7 +112,7 @@ def test_marians_ids_are_those_of_its_vocabulary(tmp_path):
 def test_text_to_text_from_the_command_line(t5, tmp_path, capsys):
     """A directory compiled, run and drawn."""
     artifact = compile(
-        from_pretrained(t5), shapes=[{"batch": 1, "source": 16, "seq": 8, "context": 24}],
+        from_pretrained(t5), shapes=[{"batch": 1, "source": 8, "seq": 1, "context": 8}],
         entries=["encode", "prefill", "decode", "attend"],
     ).save(tmp_path / "m.attn")  # fmt: skip
 
@@ -127,9 +126,8 @@ def test_text_to_text_from_the_command_line(t5, tmp_path, capsys):
     source = {"input_ids": ids, "source_lengths": np.array([ids.shape[1]], np.int32)}
     assert document["tokens"] == tuned.generate([[]], source=source, max_new_tokens=6).tokens
     assert document["texts"] == [Codec(tuned.folder).decode(document["tokens"][0]).lstrip()]
-    assert len(ask("--max-new-tokens", 6, "--beams", 1)["texts"]) == 1
     ask("--attention", tmp_path / "maps.html")
-    assert "▁cat" in html.unescape((tmp_path / "maps.html").read_text())
+    assert ">cat</span>" in (tmp_path / "maps.html").read_text()
 
 
 @pytest.mark.parametrize(

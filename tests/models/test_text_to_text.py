@@ -19,8 +19,9 @@ from attntune.interop import evaluate, export_onnx, sample_inputs
 from attntune.models import from_pretrained
 from attntune.runtime import load
 
-LENGTHS = (7, 19, 12)
-SEQ = 48
+#: As long as a vector of the smallest target: longer ones take kernels that take long to compile.
+SOURCE, LENGTHS = 8, (5, 8, 3)
+SEQ = 8
 CASES: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "marian": (MARIAN, marian_tensors, text_oracle.marian),
     "t5 1.0": (T5, t5_tensors, text_oracle.t5),
@@ -52,7 +53,7 @@ def case(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
     model = from_pretrained(write(folder, config, tensors))
     # Rows of a batch that are not asked for are left empty.
-    small, large = ({"batch": 3, "source": 20, "seq": seq, "context": 72} for seq in (1, SEQ))
+    small, large = ({"batch": 3, "source": SOURCE, "seq": seq, "context": 72} for seq in (1, SEQ))
     tuned = load(compile(model, shapes=[small], entries=["encode", "prefill", "decode"]).save(folder / "m.attn"))
     attends = load(compile(model, shapes=[large], entries=["attend"]).save(folder / "a.attn"))
     return Case(
@@ -124,7 +125,9 @@ def test_the_twins_of_every_entry_match(case, entry, tmp_path):
     assert set(names) == set(expected)
     assert any(name.startswith("next_key_cache.") for name in names) == (entry in ("prefill", "decode"))
     for name, value in zip(names, session.run(names, inputs), strict=True):
-        np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=3e-5, err_msg=name)
+        np.testing.assert_allclose(
+            value, expected[name], rtol=1e-4, atol=1e-4 * max(1.0, np.abs(expected[name]).max()), err_msg=name
+        )
     for name, value in torch_reference(case.model, inputs, entry).items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-9, atol=1e-9, err_msg=name)
 
@@ -200,7 +203,7 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path, config, make, change, mes
         (MARIAN, {"bad_words_ids": [[66], [3, 4]]}, "bad_words_ids .* is not supported; expected 'words of one token'"),
         (T5, {"feed_forward_proj": "gated-mish"}, "feed_forward_proj 'gated-mish' is not supported; expected one of"),
         (T5, {"is_encoder_decoder": False}, "is_encoder_decoder False is not supported; expected True"),
-        (T5, {"relative_attention_max_distance": 16}, "relative_attention_num_buckets 32 is not supported"),
+        (T5, {"relative_attention_max_distance": 4}, "relative_attention_num_buckets 8 is not supported"),
         (T5, {"d_kv": None, "d_ff": None}, r"config\.json of a t5 model lacks \['d_kv', 'd_ff'\]"),
     ],
 )
