@@ -264,9 +264,9 @@ def _written(tuned: TunedModel, source: Source) -> Given:
         names = vocabulary.symbols(row) if vocabulary else _names(row, path)
         rows.append({"attention": names[:-1], "cross_attention": names[1:]})
         if source.texts:
-            # Where a source has one length only, zeros after the text count as text, and say nothing.
             ids = sides["input_ids"][index, : sides["source_lengths"][index]]
-            read = [int(token) for token in np.trim_zeros(ids, "b")]
+            # Where a source of symbols has one length only, zeros after the text count as text, and say nothing.
+            read = [int(token) for token in (np.trim_zeros(ids, "b") if vocabulary else ids)]
             rows[-1]["source"] = vocabulary.source_symbols(read) if vocabulary else _names(read, path)
     return {**sides, "decoder_input_ids": _padded([row[:-1] for row in whole])}, rows
 

@@ -97,6 +97,21 @@ def kv_append(call: OpCall) -> Callable[..., Any]:
     return step
 
 
+def relative_bias(call: OpCall) -> Callable[..., Any]:
+    """``table[:, j - p + zero]``, the index clamped; p counted from the start or back from ``lengths``."""
+    import torch
+
+    zero = int(call.attrs["zero"])
+
+    def step(_: Any, rows: Any, table: Any, *rest: Any) -> Any:
+        keys = torch.arange(rest[1].shape[1] if rest else rows.shape[1], device=rows.device)
+        at = positions(rows, rest[0] if rest else None)[..., None]
+        found = table[:, (keys - at + zero).clamp(0, table.shape[1] - 1)]
+        return found.transpose(0, 1) if rest else found[None]
+
+    return step
+
+
 def argmax(call: OpCall) -> Callable[..., Any]:
     """The first largest of each row."""
     return lambda _, x: x.argmax(-1)
@@ -112,6 +127,7 @@ MAKERS: dict[str, Callable[[OpCall], Callable[..., Any]]] = {
     "argmax": argmax,
     "embedding": embedding,
     "kv_append": kv_append,
+    "relative_bias": relative_bias,
     "rms_norm": rms_norm,
     "rope": rope,
     "top_k": top_k,

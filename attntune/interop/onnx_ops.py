@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from attntune.errors import ExportError
 from attntune.interop.onnx_attention import attention
 from attntune.interop.onnx_decoder import EMITTERS as DECODER_EMITTERS
+from attntune.interop.onnx_decoder import clamped, counted, positions
 from attntune.interop.onnx_graph import GraphBuilder, element_type, reduce, zero_past_end
 from attntune.interop.onnx_recurrent import additive_attention, recurrent
 from attntune.ops.mean_pool import NORM_FLOOR
@@ -192,6 +193,20 @@ def add_positions(builder: GraphBuilder, call: OpCall) -> str:
     x, position = call.args
     rows = builder.node("Slice", position, builder.ints(0), builder.dim(x, 1), builder.ints(0))
     return builder.node("Add", x, rows)
+
+
+@emits("relative_bias")
+def relative_bias(builder: GraphBuilder, call: OpCall) -> str:
+    """``table[:, j - p + zero]``, the index clamped; p counted from the start or back from ``lengths``."""
+    rows, table, *rest = call.args
+    keys = counted(builder, rest[1] if rest else rows)
+    at = builder.node("Unsqueeze", positions(builder, rows, rest[0] if rest else None), builder.ints(-1))
+    distance = builder.node("Add", builder.node("Sub", keys, at), builder.constant(int(call.attrs["zero"]), "int64"))
+    columns = clamped(builder, distance, int(call.arg_shapes[1][1]))
+    found = builder.node("Gather", table, columns, axis=1)
+    if rest:
+        return builder.node("Transpose", found, perm=[1, 0, 2, 3])
+    return builder.node("Unsqueeze", found, builder.ints(0))
 
 
 @emits("prepend_token")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from attntune.errors import ModelError
@@ -47,3 +49,20 @@ def integers(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     return tuple(int(each) for each in value) if isinstance(value, list) else (int(value),)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file.
+
+    Raises:
+        ModelError: it is not JSON, or not an object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: expected an object, got a {type(found).__name__}")
+    return found

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from tvm.relax.frontend import nn
 
+from attntune.models import layers
 from attntune.models import operators as op
-from attntune.models.layers import LayerNorm, Linear, RMSNorm
+from attntune.models.layers import Linear
 
 if TYPE_CHECKING:
     from attntune.models.decoder import DecoderConfig
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def norm(c: DecoderConfig) -> Any:
     """The normalisation that ``c`` names."""
-    return (RMSNorm if c.norm == "rms" else LayerNorm)(c.hidden_size, c.eps)
+    return layers.norm(c.norm, c.hidden_size, c.eps)
 
 
 class Angles(nn.Module):  # type: ignore[misc]

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from tvm.relax.frontend import nn
 
 from attntune.models import operators as op
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Where the layers of a model differ from those of Vaswani et al. (2017)."""
+
+    norm: str = "layer"
+    """``"layer"`` or ``"rms"``."""
+    bias: bool = True
+    """Whether linear layers have one."""
+    gated: bool = False
+    """Of the feed-forward layers: activation(gate) · up, see :class:`Linear`."""
+    head_dim: int = 0
+    """0 means hidden/heads."""
+    scale: float | None = None
+    """What scores are multiplied by; None means 1/√head_dim."""
+
+    def width(self, hidden: int, heads: int) -> int:
+        """Features of all heads together."""
+        return heads * (self.head_dim or hidden // heads)
+
+
+PLAIN = Variant()
 
 
 class Linear(nn.Module):  # type: ignore[misc]
@@ -64,9 +88,14 @@ class RMSNorm(nn.Module):  # type: ignore[misc]
         self.weight = nn.Parameter((features,), dtype)
         self.eps = eps
 
-    def forward(self, x: Any) -> Any:
-        """X (…, features) → the same shape."""
+    def forward(self, x: Any, lengths: Any | None = None) -> Any:
+        """X (…, features) → the same shape; rows of zeros, as those past ``lengths`` are, stay zeros."""
         return op.rms_norm(x, self.weight, eps=self.eps)
+
+
+def norm(kind: str, features: int, eps: float, dtype: str = "float32") -> Any:
+    """The normalisation called ``"layer"`` or ``"rms"``."""
+    return (RMSNorm if kind == "rms" else LayerNorm)(features, eps, dtype)
 
 
 def attention(*operands: Any, maps: list[Any] | None = None, **options: Any) -> Any:
@@ -81,11 +110,14 @@ def attention(*operands: Any, maps: list[Any] | None = None, **options: Any) -> 
 class SelfAttention(nn.Module):  # type: ignore[misc]
     """Multi-head self-attention; queries, keys and values come from one product, the residual is added by the last."""
 
-    def __init__(self, hidden: int, heads: int, *, causal: bool = False, dtype: str = "float32") -> None:
+    def __init__(
+        self, hidden: int, heads: int, *, causal: bool = False, dtype: str = "float32", variant: Variant = PLAIN
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.heads, self.head_dim, self.causal = heads, hidden // heads, causal
-        self.qkv = Linear(hidden, 3 * hidden, dtype=dtype)
-        self.output = Linear(hidden, hidden, dtype=dtype)
+        width = variant.width(hidden, heads)
+        self.heads, self.head_dim, self.causal, self.scale = heads, width // heads, causal, variant.scale
+        self.qkv = Linear(hidden, 3 * width, bias=variant.bias, dtype=dtype)
+        self.output = Linear(width, hidden, bias=variant.bias, dtype=dtype)
 
     def forward(
         self,
@@ -95,39 +127,49 @@ class SelfAttention(nn.Module):  # type: ignore[misc]
         maps: list[Any] | None = None,
         row: int | None = None,
         lengths: Any | None = None,
+        bias: Any | None = None,
     ) -> Any:
         """X and residual (batch, seq, hidden), mask (batch, seq) → (batch, seq, hidden), or a ``row`` (batch, hidden).
 
         ``maps`` collects the attention weights, see :func:`attention`. ``lengths`` (batch,): rows past them are zeros.
+        ``bias`` (1|batch, 1|heads, seq, seq) is added to scores.
         """
         context = attention(
             self.qkv(x, lengths=lengths), heads=self.heads, head_dim=self.head_dim, mask=mask, causal=self.causal,
-            maps=maps, lengths=lengths, length_kind="qkv",
+            maps=maps, lengths=lengths, length_kind="qkv", bias=bias, scale=self.scale,
         )  # fmt: skip
         if row is not None:
             context, residual = op.select_rows(context, row), op.select_rows(residual, row)
             return self.output(context, residual)
         return self.output(context, residual, lengths=lengths)
 
-    def cached(self, x: Any, lengths: Any, keys: Any, values: Any, residual: Any) -> Any:
-        """The last rows of sequences ``lengths`` (batch,) long; caches (batch, context, hidden) gain them in place."""
+    def cached(
+        self, x: Any, lengths: Any, keys: Any, values: Any, residual: Any, bias: Any | None = None
+    ) -> Any:  # fmt: skip
+        """The last rows of sequences ``lengths`` (batch,) long; caches (batch, context, width) gain them in place.
+
+        ``bias`` (batch, heads, seq, context) is added to scores.
+        """
         heads, head_dim = self.heads, self.head_dim
         query, keys, values = op.kv_append(
             self.qkv(x), lengths, keys, values, heads=heads, kv_heads=heads, head_dim=head_dim
         )
         context = op.attention(
-            query, keys, values, heads=heads, head_dim=head_dim, causal=True, lengths=lengths
+            query, keys, values, heads=heads, head_dim=head_dim, causal=True, lengths=lengths, bias=bias,
+            scale=self.scale,
         )  # fmt: skip
         return self.output(context, residual)
 
 
 class FeedForward(nn.Module):  # type: ignore[misc]
-    """Two linear layers with an activation between; the residual is added by the second."""
+    """Two linear layers with an activation, gated or not, between; the residual is added by the second."""
 
-    def __init__(self, hidden: int, inner: int, activation: str, dtype: str = "float32") -> None:
+    def __init__(
+        self, hidden: int, inner: int, activation: str, dtype: str = "float32", variant: Variant = PLAIN
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.up = Linear(hidden, inner, activation=activation, dtype=dtype)
-        self.down = Linear(inner, hidden, dtype=dtype)
+        self.up = Linear(hidden, inner, activation=activation, bias=variant.bias, gated=variant.gated, dtype=dtype)
+        self.down = Linear(inner, hidden, bias=variant.bias, dtype=dtype)
 
     def forward(self, x: Any, residual: Any, lengths: Any | None = None) -> Any:
         """X and residual (…, hidden) → (…, hidden); ``lengths``: see :class:`Linear`."""
@@ -137,33 +179,42 @@ class FeedForward(nn.Module):  # type: ignore[misc]
 class PostNormEncoderLayer(nn.Module):  # type: ignore[misc]
     """Encoder layer of Vaswani et al. (2017): normalisation after each residual."""
 
-    def __init__(self, hidden: int, heads: int, inner: int, activation: str, eps: float, dtype: str) -> None:
+    def __init__(
+        self, hidden: int, heads: int, inner: int, activation: str, eps: float, dtype: str, variant: Variant = PLAIN
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.attention = SelfAttention(hidden, heads, dtype=dtype)
-        self.attention_norm = LayerNorm(hidden, eps, dtype)
-        self.feed_forward = FeedForward(hidden, inner, activation, dtype)
-        self.output_norm = LayerNorm(hidden, eps, dtype)
+        self.attention = SelfAttention(hidden, heads, dtype=dtype, variant=variant)
+        self.attention_norm = norm(variant.norm, hidden, eps, dtype)
+        self.feed_forward = FeedForward(hidden, inner, activation, dtype, variant)
+        self.output_norm = norm(variant.norm, hidden, eps, dtype)
 
     def forward(
-        self, x: Any, mask: Any | None = None, maps: list[Any] | None = None, lengths: Any | None = None
+        self,
+        x: Any,
+        mask: Any | None = None,
+        maps: list[Any] | None = None,
+        lengths: Any | None = None,
+        bias: Any | None = None,
     ) -> Any:
         """X (batch, seq, hidden), mask (batch, seq) or lengths (batch,) → (batch, seq, hidden).
 
-        ``maps``: see :func:`attention`.
+        ``maps``: see :func:`attention`; ``bias``: see :class:`SelfAttention`.
         """
-        x = self.attention_norm(self.attention(x, mask, x, maps, lengths=lengths))
+        x = self.attention_norm(self.attention(x, mask, x, maps, lengths=lengths, bias=bias))
         return self.output_norm(self.feed_forward(x, x, lengths), lengths)
 
 
 class PreNormEncoderLayer(nn.Module):  # type: ignore[misc]
     """Encoder layer of Baevski and Auli (2018): normalisation before each residual's branch."""
 
-    def __init__(self, hidden: int, heads: int, inner: int, activation: str, eps: float, dtype: str) -> None:
+    def __init__(
+        self, hidden: int, heads: int, inner: int, activation: str, eps: float, dtype: str, variant: Variant = PLAIN
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.attention_norm = LayerNorm(hidden, eps, dtype)
-        self.attention = SelfAttention(hidden, heads, dtype=dtype)
-        self.feed_forward_norm = LayerNorm(hidden, eps, dtype)
-        self.feed_forward = FeedForward(hidden, inner, activation, dtype)
+        self.attention_norm = norm(variant.norm, hidden, eps, dtype)
+        self.attention = SelfAttention(hidden, heads, dtype=dtype, variant=variant)
+        self.feed_forward_norm = norm(variant.norm, hidden, eps, dtype)
+        self.feed_forward = FeedForward(hidden, inner, activation, dtype, variant)
 
     def forward(
         self,
@@ -172,12 +223,13 @@ class PreNormEncoderLayer(nn.Module):  # type: ignore[misc]
         maps: list[Any] | None = None,
         row: int | None = None,
         lengths: Any | None = None,
+        bias: Any | None = None,
     ) -> Any:
         """X (batch, seq, hidden), mask (batch, seq) or lengths (batch,) → (batch, seq, hidden), a row (batch, hidden).
 
-        ``maps``: see :func:`attention`.
+        ``maps``: see :func:`attention`; ``bias``: see :class:`SelfAttention`.
         """
-        x = self.attention(self.attention_norm(x), mask, x, maps, row, lengths)
+        x = self.attention(self.attention_norm(x), mask, x, maps, row, lengths, bias)
         return self.feed_forward(self.feed_forward_norm(x), x, lengths if row is None else None)
 
 

@@ -75,6 +75,9 @@ class Generation:
     """Tokens that are never generated."""
     suppress_first: tuple[int, ...] = ()
     """Tokens that are not generated first; Whisper's keep a transcript from being blank."""
+    renormalize: bool = False
+    """Whether the probability of tokens that are not generated goes to the others; it matters to beam search, which
+    multiplies probabilities."""
 
 
 @dataclass(frozen=True)

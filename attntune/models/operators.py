@@ -209,6 +209,19 @@ def add_positions(x: Any, position: Any) -> Any:
     return emit("add_positions", {}, [x, position], x.shape, x.dtype)
 
 
+def relative_bias(rows: Any, table: Any, lengths: Any | None = None, keys: Any | None = None, *, zero: int) -> Any:
+    """Table (heads, distances) by the distance from query to key → bias (1|batch, heads, q_len, kv_len).
+
+    Rows (batch, q_len) int64 give the number of queries and, without ``keys``, of keys. ``lengths`` (batch,) int32
+    and ``keys`` (batch, kv_len, width): the queries are the last ones of their sequences, as over a cache. ``zero``:
+    the column of distance 0.
+    """
+    args = [arg for arg in (rows, table, lengths, keys) if arg is not None]
+    attrs = {"zero": zero, "lengths": lengths is not None}
+    batch, kv_len = (1, rows.shape[1]) if keys is None else (rows.shape[0], keys.shape[1])
+    return emit("relative_bias", attrs, args, (batch, table.shape[0], rows.shape[1], kv_len), table.dtype)
+
+
 def prepend_token(x: Any, token: Any, position: Any) -> Any:
     """Token (features,) before each x (batch, seq, features), plus position (1 + seq, features)."""
     batch, seq, features = x.shape

@@ -40,6 +40,18 @@ def _load_whisper(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], 
     return whisper.load_huggingface(fields, tensors, directory, _name(fields, directory))
 
 
+def _load_marian(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory: Path) -> Model:
+    from attntune.models import marian
+
+    return marian.load(fields, tensors, directory, _name(fields, directory))
+
+
+def _load_t5(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory: Path) -> Model:
+    from attntune.models import t5
+
+    return t5.load(fields, tensors, directory, _name(fields, directory))
+
+
 def _stop(fields: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
     """Tokens that end a text, as the checkpoint's generation config or else its config says."""
     path = directory / "generation_config.json"
@@ -61,6 +73,8 @@ def _name(fields: Mapping[str, Any], directory: Path) -> str:
 LOADERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, np.ndarray], Path], Model]] = {
     "bert": _load_bert,
     "gpt2": _load_gpt2,
+    "marian": _load_marian,
+    **dict.fromkeys(("t5", "mt5"), _load_t5),
     "whisper": _load_whisper,
     **dict.fromkeys(llama.FAMILIES, _load_llama),
     "vit": _load_vit,
@@ -205,6 +219,9 @@ def _download(hub_id: str) -> Path:
         "tokenizer*.json",
         "generation_config.json",
         "preprocessor_config.json",
+        "*.spm",
+        "spiece.model",
+        "vocab.json",
         "modules.json",
         "1_Pooling/*",
     ]

@@ -15,7 +15,7 @@ import numpy as np
 
 from attntune.errors import ModelError
 from attntune.models.checkpoints import read_plain_pickle, read_torch
-from attntune.models.encoder_decoder import EncoderDecoderConfig, build, random_weights
+from attntune.models.encoder_decoder import EncoderDecoderConfig, build, random_weights, usual_shapes
 from attntune.models.model import Generation, Model
 from attntune.models.tensors import Checkpoint
 
@@ -44,18 +44,8 @@ def random_model(config: EncoderDecoderConfig, name: str, seed: int = 0) -> Mode
         name,
         family=FAMILY,
         generation=Generation("encoder-decoder", start=(1,), stop=(2,), max_length=config.positions),
-        shapes=_shapes(config, (1, 4), (32, 128)),
+        shapes=usual_shapes(config),
     )
-
-
-def _shapes(config: EncoderDecoderConfig, batches: tuple[int, ...], sources: tuple[int, ...]) -> list[dict[str, int]]:
-    lengths = sorted({min(length, config.source_positions) for length in sources})
-    return [
-        {"batch": batch, "source": source, "seq": seq, "context": config.positions}
-        for batch in batches
-        for source in lengths
-        for seq in (1, min(16, config.positions))
-    ]
 
 
 #: Heads of ANNalog's attention; no tensor tells them, its ``model_handler.py`` does.
@@ -99,7 +89,7 @@ def load_annalog(directory: Path) -> Model:
             max_length=config.positions,
             suppress=tuple(tokens.index(token) for token in ("<unk>", "<pad>", "<sos>")),
         ),
-        shapes=_shapes(config, (1, 2, 4, 8), (32, 64, 102)),
+        shapes=usual_shapes(config, (1, 2, 4, 8), (32, 64, 102)),
     )
     model.directory = directory
     model.tokenizer = json.dumps(smiles_tokenizer(tokens))

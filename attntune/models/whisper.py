@@ -5,9 +5,7 @@ The encoder always hears 30 seconds, shorter recordings padded with silence, as 
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,18 @@ import numpy as np
 from attntune.errors import ModelError
 from attntune.models.audio import HOP, SAMPLE_RATE, SECONDS, WINDOW
 from attntune.models.bert import ACTIVATIONS
-from attntune.models.config import choose, integers, require_fields, require_fixed, require_sizes, unsupported
+from attntune.models.config import (
+    choose,
+    integers,
+    read_object,
+    require_fields,
+    require_fixed,
+    require_sizes,
+    unsupported,
+)
 from attntune.models.ctranslate2 import read_ctranslate2
 from attntune.models.encoder_decoder import EncoderDecoderConfig, build
+from attntune.models.huggingface import BART_NAMES, joined, renamed
 from attntune.models.model import Generation, Model
 from attntune.models.tensors import Checkpoint
 
@@ -50,7 +57,7 @@ def load_ctranslate2(directory: Path) -> Model:
     tensors = {name: array for name, array in found.tensors.items() if array.ndim}
     numbers = {name: int(array) for name, array in found.tensors.items() if not array.ndim}
     config = _from_ctranslate2(tensors, numbers)
-    fields = _json(directory / "config.json")
+    fields = read_object(directory / "config.json")
     settings = {
         "suppress_tokens": fields.get("suppress_ids"),
         "begin_suppress_tokens": fields.get("suppress_ids_begin"),
@@ -81,11 +88,11 @@ def load_huggingface(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray
         "feature_size": config.mels, "sampling_rate": SAMPLE_RATE, "n_fft": WINDOW, "hop_length": HOP,
         "chunk_length": SECONDS,
     }  # fmt: skip
-    heard = _json(directory / "preprocessor_config.json")
+    heard = read_object(directory / "preprocessor_config.json")
     for field, value in expected.items():
         if heard.get(field, value) != value:
             raise unsupported(field, heard[field], value, "preprocessor_config.json")
-    settings = {**fields, **_json(directory / "generation_config.json")}
+    settings = {**fields, **read_object(directory / "generation_config.json")}
     return _model(config, _rename_huggingface(config, tensors), directory, name, settings)
 
 
@@ -159,7 +166,7 @@ def _generation(config: EncoderDecoderConfig, directory: Path, settings: Mapping
         settings: as in Hugging Face's ``generation_config.json``.
     """
     tokenizer = directory / "tokenizer.json"
-    added = {token["content"]: int(token["id"]) for token in _json(tokenizer).get("added_tokens", ())}
+    added = {token["content"]: int(token["id"]) for token in read_object(tokenizer).get("added_tokens", ())}
 
     def token(content: str, field: str = "") -> int:
         found = settings.get(field)
@@ -194,23 +201,9 @@ def _generation(config: EncoderDecoderConfig, directory: Path, settings: Mapping
     )  # fmt: skip
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{path}: expected an object, got a {type(found).__name__}")
-    return found
-
-
 # -- names -------------------------------------------------------------------------------------------------------------
 
-#: What a format calls our tensors, by what is left of our name without side and number. ``{scale}`` is a norm's
-#: ``{end}`` (weight or bias).
+#: As :data:`attntune.models.huggingface.BART_NAMES`, in CTranslate2's format.
 _CTRANSLATE2_NAMES = {
     "position": "{side}/position_encodings/encodings",
     "table": "{side}/embeddings/weight",
@@ -230,48 +223,10 @@ _CTRANSLATE2_NAMES = {
     "feed_forward.down": "{side}/layer_{index}/ffn/linear_1/{end}",
 }
 _HUGGINGFACE_NAMES = {
-    "position": "{side}.embed_positions.weight",
-    "table": "{side}.embed_tokens.weight",
+    **BART_NAMES,
     "head": "decoder.embed_tokens.{end}",
     "projection": "{side}.conv{number}.{end}",
-    "norm": "{side}.layer_norm.{end}",
-    "attention_norm": "{side}.layers.{index}.self_attn_layer_norm.{end}",
-    "attention.qkv": "{side}.layers.{index}.self_attn.[qkv]_proj.{end}",
-    "attention.output": "{side}.layers.{index}.self_attn.out_proj.{end}",
-    "cross_attention_norm": "{side}.layers.{index}.encoder_attn_layer_norm.{end}",
-    "cross_attention.query": "{side}.layers.{index}.encoder_attn.q_proj.{end}",
-    "cross_attention.key": "{side}.layers.{index}.encoder_attn.k_proj.{end}",
-    "cross_attention.value": "{side}.layers.{index}.encoder_attn.v_proj.{end}",
-    "cross_attention.output": "{side}.layers.{index}.encoder_attn.out_proj.{end}",
-    "feed_forward_norm": "{side}.layers.{index}.final_layer_norm.{end}",
-    "feed_forward.up": "{side}.layers.{index}.fc1.{end}",
-    "feed_forward.down": "{side}.layers.{index}.fc2.{end}",
 }
-_OURS = re.compile(
-    r"(?:(?P<side>encoder|decoder)\.)?(?:(?:layers|stem)\.(?P<index>\d+)\.)?(?P<part>[a-z_.]+?)(?:\.(?P<end>weight|bias))?"
-)
-
-
-def _renamed(
-    c: EncoderDecoderConfig, names: Mapping[str, str], take: Callable[..., np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Every weight under our name; ``take(part, theirs, *shape)`` gives one of the format's."""
-    weights = {}
-    for name, shape in c.shapes().items():
-        found = _OURS.fullmatch(name)
-        assert found is not None, name
-        part, end = found["part"], found["end"]
-        theirs = names[part].format(
-            side=found["side"], index=found["index"], number=int(found["index"] or 0) + 1, end=end,
-            scale={"weight": "gamma", "bias": "beta"}.get(end),
-        )  # fmt: skip
-        if part == "projection" and end == "weight":
-            # A convolution's weight (features, channels, kernel) as a product's (features, kernel·channels).
-            kernel = take(part, theirs, shape[0], shape[1] // 3, 3).transpose(0, 2, 1)
-            weights[name] = np.ascontiguousarray(kernel).reshape(shape)
-        else:
-            weights[name] = take(part, theirs, *shape)
-    return weights
 
 
 def _rename_ctranslate2(c: EncoderDecoderConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -283,7 +238,7 @@ def _rename_ctranslate2(c: EncoderDecoderConfig, tensors: Mapping[str, np.ndarra
         both = checkpoint.take(theirs, 2 * rows, *columns)
         return np.ascontiguousarray(both[:rows] if part.endswith("key") else both[rows:])
 
-    weights = _renamed(c, _CTRANSLATE2_NAMES, take)
+    weights = renamed(c, _CTRANSLATE2_NAMES, take)
     checkpoint.check(ignored=("alignment_heads",))
     return weights
 
@@ -292,16 +247,13 @@ def _rename_huggingface(c: EncoderDecoderConfig, tensors: Mapping[str, np.ndarra
     prefix = "model." if any(name.startswith("model.") for name in tensors) else ""
     checkpoint = Checkpoint(tensors)
 
-    def take(part: str, theirs: str, rows: int, *columns: int) -> np.ndarray:
-        if part == "attention.qkv":
-            each = (take("", theirs.replace("[qkv]", letter), rows // 3, *columns) for letter in "qkv")
-            return np.concatenate([*each])
+    def take(theirs: str, *shape: int) -> np.ndarray:
         # Keys have no bias: softmax does not see what is added to all scores of a query.
         if theirs.endswith("k_proj.bias"):
-            return np.zeros(rows, np.float32)
-        return checkpoint.take(prefix + theirs, rows, *columns)
+            return np.zeros(shape, np.float32)
+        return checkpoint.take(prefix + theirs, *shape)
 
-    weights = _renamed(c, _HUGGINGFACE_NAMES, take)
+    weights = renamed(c, _HUGGINGFACE_NAMES, lambda _, *wanted: joined(take, *wanted))
     weights["head.weight"] = weights["decoder.table"]
     checkpoint.check(ignored=("proj_out.weight",))
     return weights

@@ -17,6 +17,7 @@ from attntune.ops.mean_pool import MeanPool
 from attntune.ops.patchify import Patchify
 from attntune.ops.prepend_token import PrependToken
 from attntune.ops.recurrent import GRUSequence, LSTMSequence
+from attntune.ops.relative_bias import RelativeBias
 from attntune.ops.rms_norm import RMSNorm
 from attntune.ops.rope import Rope
 from attntune.ops.select_rows import SelectRows
@@ -44,6 +45,7 @@ REGISTRY: dict[str, type[Workload]] = {
         Patchify,
         PrependToken,
         RMSNorm,
+        RelativeBias,
         Rope,
         SelectRows,
         Softmax,
@@ -69,6 +71,7 @@ __all__ = [
     "Patchify",
     "PrependToken",
     "RMSNorm",
+    "RelativeBias",
     "Rope",
     "SelectRows",
     "Softmax",

@@ -43,11 +43,12 @@ class _Search:
 
 def beam_search(
     sequences: Sequences, beams: int, longest: int, stop: Collection[int], suppressed: Suppressed,
-    length_penalty: float,
+    length_penalty: float, renormalize: bool = False,
 ) -> list[list[tuple[float, tuple[int, ...]]]]:  # fmt: skip
     """Finished sequences of each prompt, best first: score, and tokens with the stop token where one was written.
 
-    ``sequences`` has ``beams`` rows for every prompt, all the same.
+    ``sequences`` has ``beams`` rows for every prompt, all the same. ``renormalize``: the probability of tokens that are
+    ``suppressed`` goes to the others.
     """
     prompts = sequences.rows // beams
     searches = [_Search(beams, length_penalty) for _ in range(prompts)]
@@ -56,8 +57,12 @@ def beam_search(
     tokens: list[list[tuple[int, ...]]] = [[()] * beams for _ in range(prompts)]
     logits = sequences.begin()
     for length in range(1, longest + 1):
+        never = suppressed.at(length - 1)
+        if never and renormalize:
+            logits = np.array(logits)
+            logits[:, never] = -np.inf
         chances = log_softmax(logits).reshape(prompts, beams, -1)
-        if never := suppressed.at(length - 1):
+        if never:
             chances[:, :, never] = -np.inf
         vocab = chances.shape[-1]
         parents, following = np.arange(sequences.rows), np.zeros(sequences.rows, np.int64)

@@ -126,7 +126,8 @@ def _by_beams(
     repeated = [prompt for prompt in prompts for _ in range(beams)]
     sources = {name: np.repeat(values, beams, axis=0) for name, values in (source or {}).items()}
     sequences = Sequences(tuned, repeated, sources, longest)
-    found = beam_search(sequences, beams, longest, ends, suppressed, length_penalty)
+    renormalize = bool(tuned.manifest["generation"].get("renormalize"))
+    found = beam_search(sequences, beams, longest, ends, suppressed, length_penalty, renormalize)
     best = [options[0] for options in found]
     return Generated(
         [[token for token in tokens if token not in ends] for _, tokens in best], [score for score, _ in best],

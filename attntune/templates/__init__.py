@@ -20,6 +20,7 @@ from attntune.templates.cpu.mean_pool import MeanPoolCPU
 from attntune.templates.cpu.moves import EmbeddingCPU, KVAppendCPU, RopeCPU, SelectRowsCPU
 from attntune.templates.cpu.patches import AddPositionsCPU, PatchifyCPU, PrependTokenCPU, UnfoldCPU
 from attntune.templates.cpu.recurrent import GRUSequenceCPU, LSTMSequenceCPU
+from attntune.templates.cpu.relative_bias import RelativeBiasCPU
 from attntune.templates.cpu.rms_norm import RMSNormCPU
 from attntune.templates.cpu.softmax import SoftmaxCPU
 from attntune.templates.cpu.top_k import ArgMaxCPU, TopKCPU
@@ -55,6 +56,7 @@ REGISTRY: tuple[ScheduleTemplate, ...] = (
     PatchifyCPU(),
     PrependTokenCPU(),
     RMSNormCPU(),
+    RelativeBiasCPU(),
     RopeCPU(),
     SelectRowsCPU(),
     SoftmaxCPU(),

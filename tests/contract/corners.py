@@ -23,6 +23,7 @@ from attntune.ops import (
     MeanPool,
     Patchify,
     PrependToken,
+    RelativeBias,
     RMSNorm,
     Rope,
     SelectRows,
@@ -171,6 +172,15 @@ CORNERS: dict[str, tuple[Workload, ...]] = {
         AddPositions(1, 1, 1),
         AddPositions(3, 5, 64, positions=9),
         AddPositions(1, 6, 33, dtype="bfloat16", out_dtype="float32"),
+    ),
+    "relative_bias": (
+        RelativeBias(2, 37, 3, 17, 8),
+        RelativeBias(1, 1, 1, 1, 0),
+        RelativeBias(1, 70, 2, 33, 32),
+        RelativeBias(1, 20, 2, 61, 0),
+        RelativeBias(3, 1, 4, 33, 32, lengths=True, kv_len=50, width=8),
+        RelativeBias(2, 5, 3, 21, 20, lengths=True, kv_len=40, width=6),
+        RelativeBias(1, 40, 3, 17, 8, dtype="bfloat16"),
     ),
     "prepend_token": (
         PrependToken(2, 7, 37),

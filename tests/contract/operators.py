@@ -29,6 +29,7 @@ from attntune.ops import (
     MeanPool,
     Patchify,
     PrependToken,
+    RelativeBias,
     RMSNorm,
     Rope,
     SelectRows,
@@ -243,6 +244,24 @@ ROWS: dict[str, Row] = {
         call=({}, ((2, 7, 37), (9, 37)), AddPositions(2, 7, 37, positions=9)),
         drawn=st.builds(AddPositions, batch=st.integers(1, 3), seq=st.integers(1, 20), features=st.integers(1, 70)),
         wrong=({"positions": 3}, {"features": 0}, {"dtype": "int8"}),
+    ),
+    "relative_bias": Row(
+        workloads=CORNERS["relative_bias"],
+        oracle=oracles.relative_bias,
+        call=(
+            {"zero": 4, "lengths": True},
+            ((2, 3), (4, 9), (2,), (2, 20, 12)),
+            RelativeBias(2, 3, 4, 9, 4, lengths=True, kv_len=20, width=12),
+        ),
+        drawn=st.builds(
+            RelativeBias,
+            batch=st.integers(1, 3),
+            q_len=_SIZES,
+            heads=st.integers(1, 5),
+            distances=st.integers(9, 90),
+            zero=st.integers(0, 8),
+        ),
+        wrong=({"zero": -1}, {"distances": 3}, {"kv_len": 99}, {"width": 7}, {"dtype": "int8"}),
     ),
     "prepend_token": Row(
         workloads=CORNERS["prepend_token"],

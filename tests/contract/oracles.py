@@ -17,6 +17,7 @@ from attntune.ops import (
     MeanPool,
     Patchify,
     PrependToken,
+    RelativeBias,
     RMSNorm,
     Rope,
     SelectRows,
@@ -210,6 +211,20 @@ def unfold(w: Unfold, x):
 
 def add_positions(w: AddPositions, x, position):
     return x + position[: w.seq].expand_as(x)
+
+
+def relative_bias(w: RelativeBias, rows, table, *rest):
+    import torch
+
+    ends = rest[0].tolist() if rest else [w.q_len]
+    made = []
+    for end in ends:
+        first = end - w.q_len
+        made.append([
+            [table[:, min(max(j - (first + i) + w.zero, 0), w.distances - 1)] for j in range(w.kv_len)]
+            for i in range(w.q_len)
+        ])  # fmt: skip
+    return torch.stack([torch.stack([torch.stack(row) for row in rows]) for rows in made]).permute(0, 3, 1, 2)
 
 
 def prepend_token(w: PrependToken, x, token, position):

@@ -16,6 +16,23 @@ GPT2 = {
     "model_type": "gpt2", "vocab_size": 89, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 40,
     "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "eos_token_id": 88,
 }  # fmt: skip
+MARIAN = {
+    "model_type": "marian", "architectures": ["MarianMTModel"], "vocab_size": 67, "decoder_vocab_size": 67,
+    "d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 6,
+    "decoder_attention_heads": 6, "encoder_ffn_dim": 80, "decoder_ffn_dim": 80, "max_position_embeddings": 72,
+    "activation_function": "swish", "scale_embedding": True, "static_position_embeddings": True,
+    "normalize_before": False, "share_encoder_decoder_embeddings": True, "is_encoder_decoder": True,
+    "pad_token_id": 66, "decoder_start_token_id": 66, "eos_token_id": 0, "bad_words_ids": [[66]],
+    "renormalize_logits": True,
+}  # fmt: skip
+T5 = {
+    "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 67, "d_model": 48, "d_kv": 10,
+    "d_ff": 80, "num_layers": 1, "num_decoder_layers": 2, "num_heads": 6, "feed_forward_proj": "relu",
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 6, "layer_norm_epsilon": 1e-6,
+    "n_positions": 72, "tie_word_embeddings": True, "is_encoder_decoder": True, "pad_token_id": 0,
+    "decoder_start_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+T5_11 = {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
 
 def write(folder, config, tensors):
@@ -76,3 +93,61 @@ def gpt2_tensors(config, seed=0):
         shapes[f"{name}.weight"] = shape or (h,)
         shapes[f"{name}.bias"] = ((shape or (h,))[-1],)
     return _random(shapes, seed)
+
+
+def marian_tensors(config, seed=0):
+    """Every tensor of a Marian checkpoint as it is saved, float32: what is tied is there once, positions are not."""
+    h, inner = config["d_model"], config["encoder_ffn_dim"]
+    shapes = {}
+    if config["share_encoder_decoder_embeddings"]:
+        shapes["model.shared.weight"] = (config["vocab_size"], h)
+    else:
+        shapes["model.encoder.embed_tokens.weight"] = (config["vocab_size"], h)
+        shapes["model.decoder.embed_tokens.weight"] = (config["decoder_vocab_size"], h)
+    for side, attentions in (("encoder", ("self_attn",)), ("decoder", ("self_attn", "encoder_attn"))):
+        for index in range(config[f"{side}_layers"]):
+            at = f"model.{side}.layers.{index}."
+            linears = {f"{a}.{part}_proj": (h, h) for a in attentions for part in ("q", "k", "v", "out")}
+            linears |= {"fc1": (inner, h), "fc2": (h, inner)}
+            norms = (*(f"{a}_layer_norm" for a in attentions), "final_layer_norm")
+            for name, shape in (*linears.items(), *((name, (h,)) for name in norms)):
+                shapes[f"{at}{name}.weight"], shapes[f"{at}{name}.bias"] = shape, shape[:1]
+    tensors = _random(shapes, seed)
+    # A text is not to end soon.
+    bias = np.random.default_rng(seed).standard_normal((1, config["decoder_vocab_size"])).astype(np.float32)
+    bias[0, config["eos_token_id"]] = -2.0
+    return {**tensors, "final_logits_bias": bias}
+
+
+def t5_tensors(config, seed=0):
+    """Every tensor of a T5 checkpoint as it is saved, float32: what is tied is there once."""
+    h, inner, width = config["d_model"], config["d_ff"], config["num_heads"] * config["d_kv"]
+    gated = config["feed_forward_proj"].startswith("gated")
+    shapes = {"shared.weight": (config["vocab_size"], h)}
+    for side, count in (("encoder", config["num_layers"]), ("decoder", config["num_decoder_layers"])):
+        attentions = ("SelfAttention", "EncDecAttention")[: 1 + (side == "decoder")]
+        for index in range(count):
+            at = f"{side}.block.{index}.layer."
+            for layer, attention in enumerate(attentions):
+                for part in "qkv":
+                    shapes[f"{at}{layer}.{attention}.{part}.weight"] = (width, h)
+                shapes[f"{at}{layer}.{attention}.o.weight"] = (h, width)
+            for part in ("wi_0", "wi_1") if gated else ("wi",):
+                shapes[f"{at}{len(attentions)}.DenseReluDense.{part}.weight"] = (inner, h)
+            shapes[f"{at}{len(attentions)}.DenseReluDense.wo.weight"] = (h, inner)
+            for layer in range(len(attentions) + 1):
+                shapes[f"{at}{layer}.layer_norm.weight"] = (h,)
+        shapes[f"{side}.final_layer_norm.weight"] = (h,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], h)
+    tensors = _random(shapes, seed)
+    for name in tensors:
+        # Scores are not divided by a root, and grow to some tens.
+        if name.endswith("Attention.q.weight"):
+            tensors[name] *= np.float32(np.sqrt(config["d_kv"]))
+    rng = np.random.default_rng(seed + 1)
+    for side in ("encoder", "decoder"):
+        name = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        shape = (config["relative_attention_num_buckets"], config["num_heads"])
+        tensors[name] = rng.standard_normal(shape).astype(np.float32)
+    return tensors
