@@ -131,7 +131,7 @@ def test_whole_models_are_checked(settings, tmp_path):
     assert found["cosine"] > 0.999
     assert found["differing"] == []
     (line,) = failures(path)
-    assert "t5 float16: unknown model 't5'; expected one of ['bert', 'llama', 'whisper']" in line
+    assert "t5 float16: unknown model 't5'; expected one of ['bert', 'llama', 'rnn', 'whisper']" in line
     page = write_page(tmp_path, [], []).read_text()
     assert "| llama | float16 | 0.99" in page
     assert "| t5 | float16 | failed |" in page

@@ -10,8 +10,9 @@ from attntune.ops.attention_expression import conditions
 from attntune.search.space import Config
 from attntune.templates.cuda import hopper
 from attntune.templates.cuda.attention_kernel import AttentionKernel, _reduced
-from attntune.templates.cuda.hopper import ROW, ROW_BYTES, WARPGROUP, Barriers, TensorMap, when
+from attntune.templates.cuda.hopper import ROW, ROW_BYTES, WARPGROUP, Barriers, TensorMap
 from attntune.templates.cuda.intrinsics import call
+from attntune.templates.cuda.launch import when
 
 _WARP = 32
 _LOG2_E = math.log2(math.e)

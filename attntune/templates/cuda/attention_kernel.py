@@ -10,12 +10,10 @@ from attntune.ops.attention import FLOOR, MASKED, Attention
 from attntune.ops.attention_expression import conditions, modified, position
 from attntune.search.space import Config
 from attntune.templates.cuda.intrinsics import call
-from attntune.templates.cuda.launch import kernel
+from attntune.templates.cuda.launch import WARP, kernel, over_lanes
 from attntune.templates.cuda.tiles import CHUNK, swizzled
 
-_WARP = 32
 _LOG2_E = math.log2(math.e)
-_EVERY_LANE = 0xFFFFFFFF
 
 
 def padded_dim(head_dim: int) -> int:
@@ -31,7 +29,7 @@ class AttentionKernel:
         names = ("warps", "warp_tiles", "key_block", "stages")
         self.warps, self.tiles, self.bk, self.stages = map(config.integer, names)
         self.hold_query = bool(config["hold_query"])
-        self.threads = self.warps * _WARP
+        self.threads = self.warps * WARP
         self.bq = self.warps * self.tiles * 16
         self.dim = w.head_dim
         self.row = padded_dim(w.head_dim)
@@ -55,7 +53,7 @@ class AttentionKernel:
             self.operand = operand
             self._allocate()
             self.b, self.h = T.bind(sequence // w.heads), T.bind(sequence % w.heads)
-            self.thread, self.lane, self.warp = thread, T.bind(thread % _WARP), T.bind(thread // _WARP)
+            self.thread, self.lane, self.warp = thread, T.bind(thread % WARP), T.bind(thread // WARP)
             # Under a causal mask the last queries see most keys: they start first.
             self.first_query = T.bind(((self.q_blocks - 1 - block) if w.causal else block) * self.bq)
             self._block()
@@ -326,14 +324,7 @@ class AttentionKernel:
 
     def _over_lanes(self, combine: Any, value: Any) -> Any:
         """``value`` combined over the four lanes that share a row."""
-        from tvm import tirx
-        from tvm.tirx.script.builder import ir as T
-
-        for distance in (1, 2):
-            value = T.bind(value)
-            mask = tirx.const(_EVERY_LANE, "uint32")
-            value = combine(value, T.tvm_warp_shuffle_xor(mask, value, distance, _WARP, _WARP))
-        return value
+        return over_lanes(combine, value, (1, 2))
 
     def _write(self) -> None:
         """Sums divided by the total of their weights; zeros for a query that sees no key."""

@@ -33,7 +33,10 @@ class GenericCUDA(ScheduleTemplate):
     kind: ClassVar[str] = "cuda"
 
     def supports(self, workload: Workload, target: Target) -> bool:
-        """All but those that update their operands, which an expression cannot say, and recurrences, a single stage."""
+        """All but those that update their operands, which an expression cannot say, and recurrences, a single stage.
+
+        Both have templates of their own.
+        """
         return not workload.updated and not isinstance(workload, Recurrent)
 
     def space(self, workload: Workload, target: Target) -> ConfigSpace:

@@ -18,12 +18,13 @@ of the four warps with 16 rows, register 4j + r in the columns from 8j on. So ar
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from attntune.ops.workload import Workload
 from attntune.target import Target
+from attntune.templates.cuda.launch import when
 
 #: Bytes of a row of a tile in shared memory: one row of the swizzle's pattern.
 ROW_BYTES = 128
@@ -333,15 +334,6 @@ def commit() -> None:
 def wait(pending: int) -> None:
     """Wait until at most so many groups are still computed."""
     _emit(f"wgmma_wait_{pending}", "", f'  asm volatile("wgmma.wait_group.sync.aligned {pending};" ::: "memory");')
-
-
-@contextlib.contextmanager
-def when(condition: Any) -> Iterator[None]:
-    """What is emitted inside runs where ``condition`` holds."""
-    from tvm.tirx.script.builder import ir as T
-
-    with T.If(condition), T.Then():
-        yield
 
 
 def start(thread: Any, maps: Mapping[str, Any], barriers: Sequence[Barriers]) -> None:

@@ -99,3 +99,37 @@ def call(name: str, *arguments: Any) -> None:
 
     source = SOURCES.get(name) or _PLAIN[name]
     T.evaluate(T.cuda.func_call(f"attntune_{name}", *arguments, source_code=source))
+
+
+class SharedFloats:
+    """``count`` float32 values in a block's dynamic shared memory.
+
+    TVM does not look into them, either: it would put barriers between accesses that it cannot tell apart, and refuses a
+    kernel where one of them is under a condition.
+    """
+
+    def __init__(self, count: int) -> None:
+        from tvm.tirx.script.builder import ir as T
+
+        self._buffer = T.sblock_alloc_buffer((count,), "float32", scope="shared.dyn")
+
+    def load(self, at: Any) -> Any:
+        """The value at index ``at``, bound where it is loaded."""
+        from tvm.tirx.script.builder import ir as T
+
+        source = """__forceinline__ __device__ float attntune_shared_load(const void* shared, int at) {
+  return ((const float*)shared)[at];
+}
+"""
+        loaded = T.cuda.func_call(
+            "attntune_shared_load", self._buffer.data, at, source_code=source, return_type="float32"
+        )
+        return T.bind(loaded)
+
+    def store(self, at: Any, value: Any) -> None:
+        """Put ``value`` at index ``at``."""
+        from tvm.tirx.script.builder import ir as T
+
+        source = f"""{_HEAD}shared_store(void* shared, int at, float value) {{ ((float*)shared)[at] = value; }}
+"""
+        T.evaluate(T.cuda.func_call("attntune_shared_store", self._buffer.data, at, value, source_code=source))

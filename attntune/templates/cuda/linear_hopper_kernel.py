@@ -8,8 +8,9 @@ from typing import Any
 from attntune.ops.linear import Linear
 from attntune.search.space import Config
 from attntune.templates.cuda import hopper
-from attntune.templates.cuda.hopper import ROW, ROW_BYTES, WARPGROUP, Barriers, TensorMap, when
+from attntune.templates.cuda.hopper import ROW, ROW_BYTES, WARPGROUP, Barriers, TensorMap
 from attntune.templates.cuda.intrinsics import call
+from attntune.templates.cuda.launch import when
 from attntune.templates.cuda.linear_kernel import finished
 
 _WARP = 32
