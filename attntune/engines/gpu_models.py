@@ -25,7 +25,7 @@ MODELS: Mapping[str, tuple[tuple[str, ...], tuple[Mapping[str, int], ...]]] = {
 FLOAT32_ONLY = ("rnn",)
 #: Cosine with the CPU's float32 results at least, by precision.
 COSINES = {"float32": 0.999999, "float16": 0.999, "bfloat16": 0.999}
-_PROMPTS = {
+_PROMPTS: Mapping[str, list[list[int]]] = {
     "llama": [[5, 6, 7, 8, 9, 11, 12, 30, 3, 4], [1, 2, 3]], "whisper": [[4, 5], [6, 7]], "rnn": [[], []]
 }  # fmt: skip
 

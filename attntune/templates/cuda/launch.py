@@ -88,3 +88,15 @@ def over_lanes(combine: Callable[[Any, Any], Any], value: Any, distances: Sequen
         mask = tirx.const(EVERY_LANE, "uint32")
         value = combine(value, T.tvm_warp_shuffle_xor(mask, value, distance, WARP, WARP))
     return value
+
+
+def dynamic_shared(count: int, dtype: str) -> Any:
+    """Allocate ``count`` elements of a block's dynamic shared memory.
+
+    Named by dtype: the kernels of a module are one translation unit of CUDA C++, where what has one name must have one
+    type.
+    """
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.tirx.script.builder import ir as T
+
+    return IRBuilder.name(f"shared_{dtype}", T.sblock_alloc_buffer((count,), dtype, scope="shared.dyn"))

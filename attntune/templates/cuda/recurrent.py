@@ -54,6 +54,10 @@ class GRUSequenceCUDA(ScheduleTemplate):
 
         def fits(config: Config) -> bool:
             threads = config.integer("lanes") * config.integer("parts")
+            if (
+                threads == _WARP < w.hidden
+            ):  # a single warp with several units: ptxas keeps so many weights that it spills
+                return False
             return threads <= target.threads_per_block and shared_bytes(w, config) <= target.shared_memory_bytes
 
         return ConfigSpace(knobs, [fits])

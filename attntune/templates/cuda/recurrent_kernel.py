@@ -9,7 +9,7 @@ from typing import Any
 from attntune.ops.recurrent import Recurrent
 from attntune.ops.recurrent_expression import ending, updated
 from attntune.search.space import Config
-from attntune.templates.cuda.intrinsics import SharedFloats
+from attntune.templates.cuda.intrinsics import SharedFloats, opaque
 from attntune.templates.cuda.launch import Launch, kernels, when
 
 
@@ -70,7 +70,7 @@ class RecurrentKernel:
         longest = lengths[0]
         for length in lengths[1:]:
             longest = T.max(longest, length)
-        with T.serial(T.bind(longest)) as step:
+        with T.serial(opaque(longest)) as step:
             self._products()
             T.evaluate(T.tvm_storage_sync("shared"))
             self._gates(step, lengths)
@@ -132,8 +132,9 @@ class RecurrentKernel:
 
         w = self.w
         part, lane = T.bind(self.thread // self.lanes), T.bind(self.thread % self.lanes)
-        first = T.bind(part * self.inputs)
-        count = T.bind(T.max(T.min(w.hidden - first, self.inputs), 0))
+        # Nor does the compiler see that the same weights are read at every position, and keep them in registers.
+        first = opaque(part * self.inputs)
+        count = opaque(T.max(T.min(w.hidden - first, self.inputs), 0))
         with T.serial(-(-self.units // self.lanes)) as chunk:
             unit = T.bind(chunk * self.lanes + lane)
             with when(tirx.all(unit < self.units, self.first_unit + unit < w.hidden)):
