@@ -3,6 +3,9 @@
     scripts/gpu_check --minutes 20 --results results/gpu-h100
     scripts/gpu_check --steps check,compare --only attention-bfloat16-128
 
+Compared with: cuBLAS; SDPA's flash and cuDNN backends; FlexAttention (Triton's attention, as PyTorch writes it);
+torch.compile on linear layers with all that follows them.
+
 Steps: check (default configs against the float64 reference; without --only and --ops small whole models against the
 CPU; the benchmark shapes also against PyTorch), tune, compare (interleaved, each engine in a process of its own). Stop
 it at any time; the same command goes on where it was. Results: check-*.json, tuning.jsonl (a journal of schedules), one

@@ -156,6 +156,69 @@ class TorchCublas(TorchCudaKernels):
         return {"F.linear": [partial(self._torch.nn.functional.linear, *operands) for operands in given]}
 
 
+class TorchCompiled(TorchCudaKernels):
+    """A linear layer with all of its epilogue through ``torch.compile``: cuBLAS's product or Triton's, fused or not.
+
+    Both of its best modes are tried, and the faster one is what is compared: ``max-autotune`` without CUDA graphs, of
+    which the timing makes its own, and the default.
+    """
+
+    name: ClassVar[str] = "compiled"
+    title: ClassVar[str] = "torch.compile"
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """PyTorch or Triton is missing."""
+        return super().unavailable() or _without_triton("torch.compile")
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """Without gradients."""
+        manager: contextlib.AbstractContextManager[Any] = self._torch.no_grad()
+        return manager
+
+    def _linear(self, w: Linear, given: list[list[Any]]) -> dict[str, list[Call]]:
+        self._torch.compiler.reset()
+        ways: dict[str, list[Call]] = {}
+        for mode in ("default", "max-autotune-no-cudagraphs"):
+            layer = self._torch.compile(fused_linear(self._torch, w), dynamic=False, mode=mode)
+            ways[f"torch.compile, {mode}"] = [partial(layer, *operands) for operands in given]
+        return ways
+
+
+def fused_linear(torch: Any, w: Linear) -> Callable[..., Any]:
+    """The layer ``w`` in PyTorch's functions, of its operands in their order.
+
+    Raises:
+        EngineError: weights are quantised, or rows of padding are left out.
+    """
+    if w.quantized or w.grouped or w.seq:
+        raise EngineError(f"expected a linear layer of whole rows with float weights, got {w}")
+    functions = torch.nn.functional
+    activations: dict[str, Callable[[Any], Any]] = {
+        "": lambda x: x, "relu": functions.relu, "silu": functions.silu, "gelu": functions.gelu,
+        "gelu_tanh": partial(functions.gelu, approximate="tanh"),
+    }  # fmt: skip
+    activation, names = activations[w.activation], [spec.name for spec in w.inputs()]
+
+    def layer(*operands: Any) -> Any:
+        operand = dict(zip(names, operands, strict=True))
+        y = functions.linear(operand["x"], operand["weight"], operand.get("bias"))
+        if w.gated:
+            gate, up = y.chunk(2, dim=-1)
+            y = activation(gate) * up
+        else:
+            y = activation(y)
+        return y + operand["residual"] if w.residual else y
+
+    return layer
+
+
+def _without_triton(what: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return f"{what} needs the package triton, which torch.compile writes kernels for: pip install triton"
+    return None
+
+
 class _TorchSDPA(TorchCudaKernels):
     """``F.scaled_dot_product_attention`` with one of its backends."""
 
@@ -191,7 +254,10 @@ class TorchCudnn(_TorchSDPA):
 
 
 class TorchFlex(TorchCudaKernels):
-    """FlexAttention through ``torch.compile`` with its default settings; blocks that no query sees are left out."""
+    """FlexAttention through ``torch.compile`` with its default settings; blocks that no query sees are left out.
+
+    It is Triton's attention as PyTorch writes it; the package triton itself ships none.
+    """
 
     name: ClassVar[str] = "flex"
     title: ClassVar[str] = "PyTorch FlexAttention, compiled"
@@ -199,10 +265,7 @@ class TorchFlex(TorchCudaKernels):
     @classmethod
     def unavailable(cls) -> str | None:
         """PyTorch or Triton is missing."""
-        missing = super().unavailable()
-        if missing is None and importlib.util.find_spec("triton") is None:
-            return "FlexAttention needs the package triton, which torch.compile writes kernels for: pip install triton"
-        return missing
+        return super().unavailable() or _without_triton("FlexAttention")
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """Without gradients."""
@@ -229,7 +292,7 @@ class TorchFlex(TorchCudaKernels):
 
 #: By name, attntune first. A new engine adds one line here.
 CUDA_KERNEL_ENGINES: dict[str, type[KernelEngine]] = {
-    cls.name: cls for cls in (AttntuneCudaKernels, TorchCublas, TorchFlash, TorchCudnn, TorchFlex)
+    cls.name: cls for cls in (AttntuneCudaKernels, TorchCublas, TorchCompiled, TorchFlash, TorchCudnn, TorchFlex)
 }
 
 

@@ -23,6 +23,15 @@ LINEARS = (
     (768, 2304, True), (768, 768, True), (768, 3072, True), (3072, 768, True),
     (4096, 6144, False), (4096, 14336, False), (14336, 4096, False),
 )  # fmt: skip
+#: Layers with what follows them: BERT-base's first and second of the feed-forward network, and its attention's output;
+#: Llama 3 8B's gated one, and the one after it.
+FUSED = (
+    {"in_features": 768, "out_features": 3072, "activation": "gelu"},
+    {"in_features": 3072, "out_features": 768, "residual": True},
+    {"in_features": 768, "out_features": 768, "residual": True},
+    {"in_features": 4096, "out_features": 14336, "activation": "silu", "gated": True, "bias": False},
+    {"in_features": 14336, "out_features": 4096, "residual": True, "bias": False},
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class Part:
 
 
 def parts() -> tuple[Part, ...]:
-    """Linear layers; attention by dtype, head_dim (128 in bfloat16 first) and mask; few rows, decoding."""
+    """Linear; attention by dtype, head_dim (128 in bfloat16 first) and mask; fused layers; few rows; decoding."""
     found = [
         Part(f"linear-{dtype}", tuple(_linear(dtype, (ROWS,))), ("cublas",)) for dtype in ("bfloat16", "float16")
     ]  # fmt: skip
@@ -44,6 +53,7 @@ def parts() -> tuple[Part, ...]:
             for causal in (False, True):
                 name = f"attention-{dtype}-{head_dim}{'-causal' if causal else ''}"
                 found.append(Part(name, tuple(_attention(dtype, head_dim, causal)), ("flash", "cudnn", "flex")))
+    found.append(Part("fused-linear-bfloat16", tuple(_fused("bfloat16")), ("compiled",)))
     found.append(Part("few-rows-bfloat16", tuple(_linear("bfloat16", FEW_ROWS)), ("cublas",)))
     found.append(Part("decode-bfloat16", tuple(_decoding("bfloat16")), ("flash", "cudnn")))
     return tuple(found)
@@ -54,6 +64,14 @@ def _linear(dtype: str, every_rows: tuple[int, ...]) -> Iterator[KernelCase]:
         for in_features, out_features, bias in LINEARS:
             workload = Linear(rows, in_features, out_features, bias=bias, dtype=dtype)
             yield KernelCase(dtype, f"{rows}×{in_features}→{out_features}", workload)
+
+
+def _fused(dtype: str) -> Iterator[KernelCase]:
+    for layer in FUSED:
+        workload = Linear(ROWS, dtype=dtype, **layer)  # type: ignore[arg-type]
+        ends = [workload.activation, "gated" * workload.gated, "residual" * workload.residual]
+        label = f"{ROWS}×{workload.in_features}→{workload.out_features} {' '.join(end for end in ends if end)}"
+        yield KernelCase(f"{dtype} fused", label, workload)
 
 
 def _decoding(dtype: str) -> Iterator[KernelCase]:

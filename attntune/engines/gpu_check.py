@@ -30,7 +30,7 @@ from attntune.database.record import Status, TuningRecord
 from attntune.engines.comparison import Outcome
 from attntune.engines.cuda_kernel_engines import CUDA_KERNEL_ENGINES, cuda_peaks
 from attntune.engines.cuda_suites import Part
-from attntune.engines.gpu_models import COSINES, MODELS, problems
+from attntune.engines.gpu_models import every_check, problems
 from attntune.engines.kernel_comparison import OURS, KernelComparison, KernelOptions, compare_kernels
 from attntune.engines.kernel_engines import KernelEngine
 from attntune.errors import AttntuneError, EngineError, TargetError
@@ -71,7 +71,7 @@ class GpuSettings:
     table: Mapping[str, type[KernelEngine]] = field(default_factory=lambda: CUDA_KERNEL_ENGINES)
     peaks: Callable[[Target], Mapping[str, Any]] = cuda_peaks
     say: Callable[[str], None] = lambda _: None
-    models: Sequence[tuple[str, str]] = tuple((name, precision) for name in MODELS for precision in COSINES)
+    models: Sequence[tuple[str, str]] = field(default_factory=every_check)
     """Whole models to check, each with its precision."""
 
 

@@ -19,10 +19,21 @@ MODELS: Mapping[str, tuple[tuple[str, ...], tuple[Mapping[str, int], ...]]] = {
     "bert": (("forward", "forward_ragged"), ({"batch": 2, "seq": 8},)),
     "llama": (("prefill", "decode"), ({"batch": 2, "seq": 8, "context": 24},)),
     "whisper": (("encode", "prefill", "decode"), ({"batch": 2, "seq": 4, "context": 16},)),
+    "rnn": (("forward", "encode", "decode"), ({"batch": 2, "source": 8, "seq": 5},)),
 }
+#: Those that run in float32 alone: recurrences and additive attention have no kernels of 16 bits.
+FLOAT32_ONLY = ("rnn",)
 #: Cosine with the CPU's float32 results at least, by precision.
 COSINES = {"float32": 0.999999, "float16": 0.999, "bfloat16": 0.999}
-_PROMPTS = {"llama": [[5, 6, 7, 8, 9, 11, 12, 30, 3, 4], [1, 2, 3]], "whisper": [[4, 5], [6, 7]]}
+_PROMPTS: Mapping[str, list[list[int]]] = {
+    "llama": [[5, 6, 7, 8, 9, 11, 12, 30, 3, 4], [1, 2, 3]], "whisper": [[4, 5], [6, 7]], "rnn": [[], []]
+}  # fmt: skip
+
+
+def every_check() -> tuple[tuple[str, str], ...]:
+    """Each model with each precision it has on CUDA devices."""
+    pairs = [(name, precision) for name in MODELS for precision in COSINES]
+    return tuple((name, p) for name, p in pairs if p == "float32" or name not in FLOAT32_ONLY)
 
 
 def small_model(name: str) -> Model:
@@ -43,6 +54,10 @@ def small_model(name: str) -> Model:
             head_dim=16, inner=48, positions=64,
         )  # fmt: skip
         return decoder.build(config, decoder.random_weights(config), "small llama", family="llama")
+    if name == "rnn":
+        from attntune.models import rnn
+
+        return rnn.random_model(rnn.RNNConfig(20, 24, 12, 12, 20, 24, bidirectional=True, attention=True), "small rnn")
     if name != "whisper":
         raise EngineError(f"unknown model {name!r}; expected one of {sorted(MODELS)}")
     from attntune.models import encoder_decoder
@@ -72,12 +87,20 @@ def ask(tuned: Any, name: str) -> dict[str, np.ndarray]:
         }
     from attntune.runtime.sequences import Sequences
 
-    source = {"input_features": rng.standard_normal((2, 8, 20), np.float32)} if name == "whisper" else None
-    one = {key: value[:1] for key, value in source.items()} if source else None
-    told = tuned.generate(_PROMPTS[name], source=source, max_new_tokens=5)
-    beams = tuned.generate(_PROMPTS[name][:1], source=one, max_new_tokens=4, beams=2)
-    rows = Sequences(tuned, _PROMPTS[name], source, 4)
+    source: dict[str, np.ndarray] = {}
+    if name == "whisper":
+        source = {"input_features": rng.standard_normal((2, 8, 20), np.float32)}
+    elif name == "rnn":
+        source = {"input_ids": rng.integers(0, 20, (2, 7)), "source_lengths": np.array([7, 4], np.int32)}
+    one = {key: value[:1] for key, value in source.items()}
+    told = tuned.generate(_PROMPTS[name], source=source or None, max_new_tokens=5)
+    beams = tuned.generate(_PROMPTS[name][:1], source=one or None, max_new_tokens=4, beams=2)
+    rows = Sequences(tuned, _PROMPTS[name], source or None, 4)
+    whole = {}
+    if name == "rnn":
+        whole["whole"] = tuned.run("forward", **source, decoder_input_ids=rng.integers(0, 24, (2, 5)))
     return {
+        **whole,
         "logits": np.concatenate([rows.begin(), rows.step(np.array([3, 4]))]),
         "tokens": np.array([*told.tokens[0], -1, *told.tokens[1]]),
         "beams": np.array(beams.tokens[0]),

@@ -24,6 +24,7 @@ from attntune.templates.cpu.relative_bias import RelativeBiasCPU
 from attntune.templates.cpu.rms_norm import RMSNormCPU
 from attntune.templates.cpu.softmax import SoftmaxCPU
 from attntune.templates.cpu.top_k import ArgMaxCPU, TopKCPU
+from attntune.templates.cuda.additive_attention import AdditiveAttentionCUDA
 from attntune.templates.cuda.attention import AttentionCUDA
 from attntune.templates.cuda.attention_decode import AttentionDecodeCUDA
 from attntune.templates.cuda.attention_hopper import AttentionHopper
@@ -32,6 +33,7 @@ from attntune.templates.cuda.kv_append import KVAppendCUDA
 from attntune.templates.cuda.linear import LinearCUDA
 from attntune.templates.cuda.linear_hopper import LinearHopper
 from attntune.templates.cuda.linear_split import LinearSplitCUDA
+from attntune.templates.cuda.recurrent import GRUSequenceCUDA, LSTMSequenceCUDA
 from attntune.templates.cuda.rows import EmbeddingNormCUDA, LayerNormCUDA, RMSNormCUDA, SoftmaxCUDA
 from attntune.templates.template import Packing, ScheduleTemplate
 
@@ -62,11 +64,14 @@ REGISTRY: tuple[ScheduleTemplate, ...] = (
     SoftmaxCPU(),
     TopKCPU(),
     UnfoldCPU(),
+    AdditiveAttentionCUDA(),
     AttentionHopper(),
     AttentionDecodeCUDA(),
     AttentionCUDA(),
     EmbeddingNormCUDA(),
+    GRUSequenceCUDA(),
     KVAppendCUDA(),
+    LSTMSequenceCUDA(),
     LayerNormCUDA(),
     LinearHopper(),
     LinearSplitCUDA(),

@@ -54,8 +54,9 @@ class CudaBuild:
         return found
 
     def require_runnable(self) -> None:
-        """Raise :class:`CompileError` where a kernel spills or asks for more than the target has."""
-        problems = [problem for kernel in self.kernels() if (problem := kernel.problem(self.target))]
+        """Raise :class:`CompileError`, with the assembler's report, where a kernel spills or exceeds the target."""
+        found = [(kernel, kernel.problem(self.target)) for kernel in self.kernels()]
+        problems = [f"{problem} ({kernel.report()})" for kernel, problem in found if problem]
         if problems:
             raise CompileError("; ".join(problems))
 

@@ -58,6 +58,13 @@ class KernelResources:
                 return f"kernel {self.name!r} {what}: {used} {unit}, expected at most {limit} on {target.name}"
         return ""
 
+    def report(self) -> str:
+        """What the assembler said of it, in words."""
+        return (
+            f"{self.registers} registers, {self.spill_bytes} bytes spilled, {self.stack_bytes} bytes of stack, "
+            f"{self.shared_bytes} bytes of shared memory, {self.threads} threads"
+        )
+
     def blocks_per_sm(self, target: Target) -> int:
         """How many of its blocks an SM of ``target`` holds at once."""
         warps = -(-self.threads // 32)
@@ -108,7 +115,7 @@ def compile_source(source: str, target: Target, *, ptx: bool = False, flags: Ite
 
     Raises:
         ToolchainError: when there is no nvcc.
-        CompileError: with nvcc's first errors.
+        CompileError: with nvcc's first errors; or where the assembler ignores how a kernel splits registers.
     """
     start = time.perf_counter()
     nvcc = find_nvcc()
@@ -118,6 +125,9 @@ def compile_source(source: str, target: Target, *, ptx: bool = False, flags: Ite
         unit.write_text(source)
         common = [nvcc, f"-gencode=arch=compute_{number},code=sm_{number}", *_FLAGS, *flags]
         log = _run([*common, "-cubin", "-Xptxas=-v", "-o", str(cubin), str(unit)])
+        if unheeded := [line.strip() for line in log.splitlines() if "setmaxnreg" in line]:
+            # Consumers might wait for registers that nobody gives up.
+            raise CompileError(f"the assembler does not split registers as the kernel asks for: {unheeded[0]}")
         if ptx:
             _run([*common, "-ptx", "-o", str(assembly), str(unit)])
         binary = (assembly if ptx else cubin).read_bytes()

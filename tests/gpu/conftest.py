@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
+for folder in (Path(__file__).parents[1] / "contract", Path(__file__).parent / "emulation"):
+    sys.path.insert(0, str(folder))
 
 
 @pytest.fixture(scope="session")

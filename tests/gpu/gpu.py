@@ -58,13 +58,18 @@ def compiled(monkeypatch, template, workload, target, config):
 
 def instructions(cubin, tmp_path, pattern):
     """How many instructions of a cubin match; skips where there is no disassembler (pip's nvidia-cuda-nvdisasm)."""
-    nvdisasm = shutil.which("nvdisasm") or _packaged("nvdisasm")
+    nvdisasm = disassembler()
     if nvdisasm is None:
         pytest.skip("nvdisasm is not installed (pip install nvidia-cuda-nvdisasm): instructions are not counted")
     path = tmp_path / "kernel.cubin"
     path.write_bytes(cubin)
     listing = subprocess.run([nvdisasm, str(path)], capture_output=True, text=True, check=True).stdout
     return len(re.findall(pattern, listing))
+
+
+def disassembler():
+    """Path of nvdisasm; None where it is not installed."""
+    return shutil.which("nvdisasm") or _packaged("nvdisasm")
 
 
 def _packaged(name):

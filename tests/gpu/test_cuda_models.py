@@ -23,7 +23,7 @@ from attntune.target import PRESETS
 
 TARGET = "cuda:sm_90a"
 #: Each family once; float32 goes by the generic template, of whose many threads the emulated device is slow.
-BUILDS = {"bert": "float32", "llama": "float16", "whisper": "bfloat16"}
+BUILDS = {"bert": "float32", "llama": "float16", "whisper": "bfloat16", "rnn": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,8 @@ class TestWholeModels:
         _, templates, generic = built("whisper")
         assert {"AttentionCUDA", "KVAppendCUDA", "LinearCUDA", "LayerNormCUDA"} < templates
         assert not generic & {"attention", "kv_append", "layer_norm", "linear"}
+        _, templates, _ = built("rnn")
+        assert {"AdditiveAttentionCUDA", "GRUSequenceCUDA"} < templates
 
     def test_source_is_compiled_where_it_is_loaded(self, built, emulator, expected):
         path, *_ = built("llama", cuda_code="source")

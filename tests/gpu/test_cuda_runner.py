@@ -1,5 +1,6 @@
 """The closed loop on an emulated device: builds, checks, times, races, records; and what a kernel that fails does."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,9 @@ def test_a_spilling_kernel_is_rejected_before_it_runs(tmp_path):
         (record,) = runner.measure([trial])
     assert record.status is Status.BUILD_ERROR
     assert "spills registers" in record.message
+    # What the assembler said stays in the record.
+    report = r"\(255 registers, \d+ bytes spilled, \d+ bytes of stack, 0 bytes of shared memory, 32 threads\)"
+    assert re.search(report, record.message)
 
 
 @needs_nvcc

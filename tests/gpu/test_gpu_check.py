@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from gpu import EMULATION, HELPERS, EmulatedRunner, needs_nvcc
 
 from attntune.database.journal import Journal
 from attntune.engines.comparison import Outcome
-from attntune.engines.cuda_kernel_engines import AttntuneCudaKernels, TorchFlash
+from attntune.engines.cuda_kernel_engines import AttntuneCudaKernels, TorchFlash, fused_linear
 from attntune.engines.cuda_suites import Part, parts
 from attntune.engines.gpu_check import GpuCheck, GpuSettings, failures
 from attntune.engines.kernel_comparison import KernelCase, KernelComparison, KernelOptions
@@ -131,7 +133,7 @@ def test_whole_models_are_checked(settings, tmp_path):
     assert found["cosine"] > 0.999
     assert found["differing"] == []
     (line,) = failures(path)
-    assert "t5 float16: unknown model 't5'; expected one of ['bert', 'llama', 'whisper']" in line
+    assert "t5 float16: unknown model 't5'; expected one of ['bert', 'llama', 'rnn', 'whisper']" in line
     page = write_page(tmp_path, [], []).read_text()
     assert "| llama | float16 | 0.99" in page
     assert "| t5 | float16 | failed |" in page
@@ -194,6 +196,19 @@ def test_the_target_comes_from_the_device(settings):
         cuda_target(7, 5, 80)
 
 
+LAYERS = (
+    Linear(5, 17, 33, activation="gelu", residual=True), Linear(7, 24, 9, activation="gelu_tanh"),
+    Linear(6, 30, 41, activation="silu", gated=True, residual=True), Linear(3, 8, 5, bias=False, activation="relu"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("workload", LAYERS, ids=str)
+def test_the_layer_that_torch_compiles_is_the_workload(workload):
+    operands = workload.example_inputs(3)
+    found = fused_linear(torch, workload)(*map(torch.from_numpy, operands))
+    np.testing.assert_allclose(found.numpy(), workload.reference(*operands)[0], rtol=1e-4, atol=1e-4)
+
+
 def test_without_a_gpu_it_says_so(tmp_path):
     ended = subprocess.run(
         [sys.executable, "scripts/gpu_check.py", "--results", str(tmp_path / "r")], cwd=ROOT, capture_output=True,
@@ -206,7 +221,8 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 def test_parts_are_what_is_to_be_judged():
     found = {part.name: part for part in parts()}
-    assert len(found) == 12
+    assert len(found) == 13
+    assert {case.workload.activation for case in found["fused-linear-bfloat16"].cases} == {"", "gelu", "silu"}
     workloads = [case.workload for case in found["attention-bfloat16-128-causal"].cases]
     assert {w.batch * w.q_len for w in workloads} == {16384}
     assert {w.heads * w.head_dim for w in workloads} == {2048}

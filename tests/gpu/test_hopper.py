@@ -25,14 +25,22 @@ FEW_SMS = dataclasses.replace(TARGET, sm_count=3)
 LINEAR, ATTENTION = LinearHopper(), AttentionHopper()
 
 
-def linear_config(block_m, block_n, stages, consumers, persistent, group):
+def linear_config(block_m, block_n, stages, consumers, persistent, group, producer_registers=None):
+    split = producer_registers if producer_registers is not None else 24 * (consumers > 1)
     return Config.of(
-        block_m=block_m, block_n=block_n, stages=stages, consumers=consumers, persistent=persistent, group=group
-    )
+        block_m=block_m, block_n=block_n, stages=stages, consumers=consumers, persistent=persistent, group=group,
+        producer_registers=split,
+    )  # fmt: skip
 
 
-def attention_config(consumers, key_block, stages, overlap, pingpong):
-    return Config.of(consumers=consumers, key_block=key_block, stages=stages, overlap=overlap, pingpong=pingpong)
+def attention_config(
+    consumers, key_block, stages, overlap, pingpong, persistent=False, tma_store=False, producer_registers=None
+):  # fmt: skip
+    split = producer_registers if producer_registers is not None else 24 * (consumers > 1)
+    return Config.of(
+        consumers=consumers, key_block=key_block, stages=stages, overlap=overlap, pingpong=pingpong,
+        persistent=persistent, tma_store=tma_store, producer_registers=split,
+    )  # fmt: skip
 
 
 #: One of each workload of the corners, in their order; between them every value of the knobs that change the kernel.
@@ -40,25 +48,33 @@ LINEAR_CONFIGS = (
     linear_config(64, 64, 4, 1, False, 1),
     linear_config(128, 32, 3, 1, True, 4),
     linear_config(192, 96, 2, 3, True, 8),
-    linear_config(256, 32, 3, 2, True, 1),
-    linear_config(128, 128, 4, 2, True, 4),
+    linear_config(256, 32, 3, 2, True, 1, 40),
+    linear_config(128, 128, 4, 2, True, 4, 0),
 )
 ATTENTION_CONFIGS = (
-    attention_config(1, 32, 2, False, False),
+    attention_config(1, 32, 2, False, False, True),
     attention_config(2, 64, 2, True, True),
-    attention_config(2, 32, 3, True, True),
-    attention_config(1, 32, 4, True, False),
-    attention_config(1, 32, 2, True, False),
+    attention_config(2, 32, 3, True, True, True, True),
+    attention_config(1, 32, 4, True, False, False, True),
+    attention_config(1, 32, 2, True, False, True, True),
     attention_config(1, 96, 2, False, False),
-    attention_config(3, 32, 2, False, False),
+    attention_config(3, 32, 2, False, False, True, True),
     attention_config(1, 32, 3, True, False),
-    attention_config(1, 32, 2, True, False),
+    attention_config(1, 32, 2, True, False, True),
 )
+#: As many blocks of queries as leave one of the few SMs more than others, in turns; every way of splitting registers.
+MORE = (
+    (Attention(3, 2, 70, 200, 64, kv_heads=1, lengths="kv", dtype="bfloat16"),
+     attention_config(2, 32, 2, True, True, True, False, 40)),
+    (Attention(2, 2, 200, 200, 64, layout="bhsd", causal=True, dtype="float16"),
+     attention_config(2, 32, 2, True, True, True, True, 0)),
+)  # fmt: skip
 LATE, EARLY = (True, 3), (False, 4)  # asynchronous work, as late or as early as allowed; a seed
 CASES = [
     (template, workload, config, (EARLY if number % 2 else LATE))
     for template, workloads, configs in (
         (LINEAR, HOPPER_LINEARS, LINEAR_CONFIGS), (ATTENTION, HOPPER_ATTENTIONS, ATTENTION_CONFIGS),
+        (ATTENTION, *zip(*MORE, strict=True)),
     )
     for number, (workload, config) in enumerate(zip(workloads, configs, strict=True))
 ]  # fmt: skip
@@ -101,6 +117,14 @@ ATTENTION_FAULTS = [
     ({"change": ("(leading >> 4)", "(16 >> 4)")}, True, "expected"),
     ({"change": ("bar.arrive %0, %1;", "")}, True, "deadlock"),
 ]
+#: Of attention whose blocks stay, and store tiles of results.
+STORE_FAULTS = [
+    ({"change": ("fence.proxy.async.shared::cta;", "")}, True, "before a fence after it was written"),
+    ({"change": ("cp.async.bulk.wait_group.read 0;", "")}, True, "before the tiles that it stores were read"),
+    ({"change": ("^ 7) * 16", "^ 6) * 16")}, True, "expected"),
+    # The next queries are brought over results that are still to be stored, or read.
+    ({"change": (WAIT, WAIT + " if (threadIdx.x == 0 && parity) return;")}, False, "expected|deadlock|more arrivals"),
+]
 
 
 @needs_nvcc
@@ -116,8 +140,13 @@ class TestFaults:
         attention_config(2, 32, 2, True, True),
     )  # fmt: skip
 
+    stored = (
+        ATTENTION.reference_name(), Attention(2, 2, 100, 70, 64, dtype="bfloat16", layout="bhsd"), FEW_SMS,
+        attention_config(1, 32, 2, False, False, True, True),
+    )  # fmt: skip
+
     def test_none_where_nothing_is_broken(self, emulator):
-        for case in (self.linear, self.attention):
+        for case in (self.linear, self.attention, self.stored):
             for late in (True, False):
                 assert emulator.call("emulation:check", *case, late, 5) == ""
 
@@ -128,6 +157,10 @@ class TestFaults:
     @pytest.mark.parametrize(("fault", "late", "message"), [FAULTS[5], *ATTENTION_FAULTS], ids=str)
     def test_in_attention(self, emulator, fault, late, message):
         self.shows(emulator, self.attention, fault, late, message)
+
+    @pytest.mark.parametrize(("fault", "late", "message"), STORE_FAULTS, ids=str)
+    def test_in_stores(self, emulator, fault, late, message):
+        self.shows(emulator, self.stored, fault, late, message)
 
     def shows(self, emulator, case, fault, late, message):
         found = emulator.call("emulation:fault", *case, late, 5, timeout_secs=60, **fault)
@@ -140,6 +173,8 @@ COMPILED = [
     (LINEAR, LARGE.replace(dtype="float16"), None),
     (ATTENTION, LONG, None),
     (ATTENTION, LONG.replace(head_dim=64, dtype="float16", causal=False), attention_config(3, 96, 2, True, False)),
+    (ATTENTION, LONG, attention_config(2, 128, 2, True, True, True, True)),
+    (ATTENTION, LONG.replace(dtype="float16", head_dim=64), attention_config(2, 128, 2, True, True, True, True, 40)),
 ]
 
 
@@ -162,14 +197,16 @@ class TestCompiled:
         assert kernel["threads"] == 128 * (1 + consumers)
         # The assembler gives up asynchrony, or the split of registers, with no more than a word in its log.
         assert not [line for line in logs[0].splitlines() if "serialized" in line or "setmaxnreg" in line]
-        if consumers in hopper.REGISTERS:
-            producer, consumer = hopper.REGISTERS[consumers]
+        producer = config.integer("producer_registers")
+        if producer:
+            consumer = hopper.consumer_registers(consumers, producer)
             held = -(-kernel["registers"] // 8) * 8 * (1 + consumers)
             assert producer + consumers * consumer <= held, "consumers would wait for registers for ever"
         shape, copies = self.instructions_of(template, workload, config)
         assert instructions(cubin, tmp_path, rf"HGMMA\.{shape}") >= 4
         assert instructions(cubin, tmp_path, r"UTMALDG\.\dD") >= copies
-        assert (instructions(cubin, tmp_path, "USETMAXREG") == 2) == (consumers in hopper.REGISTERS)
+        assert (instructions(cubin, tmp_path, "USETMAXREG") == 2) == bool(producer)
+        assert (instructions(cubin, tmp_path, "UTMASTG") > 0) == bool(dict(config.items()).get("tma_store"))
 
     def instructions_of(self, template, workload, config):
         """A wgmma's shape as the disassembler writes it, and how many copies there are at least."""

@@ -53,6 +53,15 @@ def test_errors_of_nvcc_are_passed_on():
         compile_source("__global__ void f() { nothing(); }", PRESETS["sm_80"])
 
 
+@needs_nvcc
+def test_a_split_of_registers_that_the_assembler_ignores_is_an_error():
+    more = (
+        'extern "C" __global__ void more(float* a) { asm volatile("setmaxnreg.inc.sync.aligned.u32 240;"); a[0] = 1; }'
+    )
+    with pytest.raises(CompileError, match="the assembler does not split registers as the kernel asks for"):
+        compile_source(more, PRESETS["sm_90a"])
+
+
 def test_a_missing_nvcc_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))

@@ -8,6 +8,11 @@
                   registers, where weights are what the second product wants as its left operand; values are read as
                   they lie, rows of K
 
+``persistent``: a block an SM, which stays for every so many-th block of queries; copies for the next pass behind the
+results of the last. Under a causal mask those of all heads that see most keys come first, otherwise blocks of a head
+come together. ``tma_store``: results not by each thread but through the shared memory of the block's queries, whole
+rows at a time. ``producer_registers``: what the producer keeps (``setmaxnreg``); consumers have the rest.
+
 ``overlap``: the scores of a block are computed before the values of the block before are summed, so that its softmax
 runs meanwhile. ``pingpong``: two consumers take turns at issuing products: one's run during the other's softmax.
 Masks, biases, ALiBi, caps, windows, lengths and ``score_mod`` are those of the template for sm_80, whose registers hold
@@ -21,7 +26,9 @@ Ladder, what each step is for; none has run on a GPU:
     3  two and three consumers       keys and values cross to shared memory once for 128 or 192 queries
     4  overlap                       exponentials behind the second product of the same warpgroup
     5  pingpong                      and behind the products of the other one
-Open: a persistent grid; queries of grouped heads in one block; results through shared memory by TMA; split keys.
+    6  persistent grid               the first copies of a block of queries behind the end of the one before
+    7  results by TMA                whole rows a request, none past the last query
+Open: queries of grouped heads in one block; split keys; a queue of blocks of queries instead of turns.
 """
 
 from __future__ import annotations
@@ -67,13 +74,19 @@ class AttentionHopper(ScheduleTemplate):
             Knob("stages", (2, 3, 4)),
             Knob("overlap", (False, True)),
             Knob("pingpong", (False, True)),
+            Knob("producer_registers", hopper.PRODUCER_REGISTERS),
+            Knob("persistent", (False, True)),
+            Knob("tma_store", (False, True)),
         ]
 
         def fits(config: Config) -> bool:
             consumers = config.integer("consumers")
             if config["pingpong"] and not (config["overlap"] and consumers == 2):
                 return False
-            _, held = hopper.REGISTERS.get(consumers, (0, target.registers_per_thread))
+            producer = config.integer("producer_registers")
+            if not hopper.split_is_legal(consumers, producer):
+                return False
+            held = hopper.consumer_registers(consumers, producer)
             return registers(w, config) <= held and shared_bytes(w, config) <= target.shared_memory_bytes
 
         return ConfigSpace(knobs, [fits])
@@ -91,6 +104,8 @@ class AttentionHopper(ScheduleTemplate):
             padding = math.ceil(w.kv_len / keys) * keys / w.kv_len
             behind = 1.0 + 0.2 * (not config["overlap"]) + 0.1 * (not config["pingpong"])
             shape = 1.0 + 0.02 * abs(math.log2(keys / 128)) + 0.02 * (config.integer("stages") - 2)
+            shape += 0.001 * (config.integer("producer_registers") != (24 if consumers > 1 else 0))
+            shape += 0.001 * bool(config["persistent"]) + 0.0005 * bool(config["tma_store"])
             return most * queries * reads * padding * behind * shape, config.key()
 
         return min(self.space(workload, target), key=cost)
@@ -99,7 +114,7 @@ class AttentionHopper(ScheduleTemplate):
         """See the module's description."""
         import tvm
 
-        return tvm.IRModule({"main": AttentionHopperKernel(_attention(workload), config).function()})
+        return tvm.IRModule({"main": AttentionHopperKernel(_attention(workload), config, target.sm_count).function()})
 
     def features(self, workload: Workload, target: Target, config: Config) -> dict[str, float]:
         """Knobs, registers, shared memory, waves, padding and sizes."""
@@ -122,10 +137,10 @@ class AttentionHopper(ScheduleTemplate):
 
 
 def shared_bytes(w: Attention, config: Config) -> int:
-    """Shared memory of a block: queries, stages, mbarriers, and what aligning the first may take."""
+    """Shared memory of a block: queries (and results), stages, mbarriers, and what aligning the first may take."""
     stages = config.integer("stages")
     rows = 64 * config.integer("consumers") + 2 * stages * config.integer("key_block")
-    return 2 * w.head_dim * rows + 8 * (1 + 4 * stages) + hopper.PATTERN_BYTES
+    return 2 * w.head_dim * rows + 8 * (2 + 4 * stages) + hopper.PATTERN_BYTES
 
 
 def registers(w: Attention, config: Config) -> int:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from attntune.ops.attention import FLOOR, MASKED, Attention
 from attntune.ops.attention_expression import conditions
 from attntune.search.space import Config
-from attntune.templates.cuda import hopper
+from attntune.templates.cuda import hopper, tma
 from attntune.templates.cuda.attention_kernel import AttentionKernel, _reduced
-from attntune.templates.cuda.hopper import ROW, ROW_BYTES, WARPGROUP, Barriers, TensorMap, when
+from attntune.templates.cuda.hopper import ROW, ROW_BYTES, WARPGROUP, Barriers, TensorMap
 from attntune.templates.cuda.intrinsics import call
+from attntune.templates.cuda.launch import when
 
 _WARP = 32
 _LOG2_E = math.log2(math.e)
-#: Named barriers of the consumers that take turns; 0 is the block's.
-_FIRST_TURN = 1
+#: Named barriers: of the consumers that take turns, and of each consumer's own threads; 0 is the block's.
+_FIRST_TURN, _FIRST_OWN = 1, 3
 
 
 class AttentionHopperKernel(AttentionKernel):
@@ -25,7 +28,7 @@ class AttentionHopperKernel(AttentionKernel):
     A consumer's warp has 16 queries, as a warp with one tile has there, and its registers hold the same.
     """
 
-    def __init__(self, w: Attention, config: Config) -> None:
+    def __init__(self, w: Attention, config: Config, sm_count: int) -> None:
         self.consumers, self.bk, self.stages = map(config.integer, ("consumers", "key_block", "stages"))
         self.overlap, self.pingpong = bool(config["overlap"]), bool(config["pingpong"])
         four = WARPGROUP // _WARP
@@ -34,6 +37,11 @@ class AttentionHopperKernel(AttentionKernel):
         )
         super().__init__(w, base)
         self.threads = WARPGROUP * (1 + self.consumers)
+        self.producer_registers = config.integer("producer_registers")
+        self.pairs = w.batch * w.heads
+        self.q_tiles = self.q_blocks * self.pairs
+        self.grid = min(self.q_tiles, sm_count) if config["persistent"] else 0
+        self.tma_store = bool(config["tma_store"])
         self.chunks = w.head_dim // ROW
         #: Whether scores are products until the exponential, whose argument the scale is multiplied into.
         self.folded = not self.general and w.scaling > 0
@@ -41,36 +49,62 @@ class AttentionHopperKernel(AttentionKernel):
     def function(self) -> Any:
         """The ``PrimFunc``."""
         w = self.w
-        maps = {name: self._map(name) for name in ("query", "key", "value")}
-        return hopper.kernel(w, maps, [self.q_blocks, w.batch * w.heads], self.threads, self._body)
+        maps = {name: self._map(name) for name in ("query", "key", "value", *["out"] * self.tma_store)}
+        grid = [self.grid] if self.grid else [self.q_blocks, self.pairs]
+        return hopper.kernel(w, maps, grid, self.threads, self._body)
 
     def _map(self, name: str) -> TensorMap:
         """Heads of an operand: dimensions in the order of their strides."""
         w = self.w
-        heads, length = (w.heads, w.q_len) if name == "query" else (w.kv_heads, w.kv_len)
-        rows = self.bq if name == "query" else self.bk
+        own = name in ("query", "out")
+        heads, length = (w.heads, w.q_len) if own else (w.kv_heads, w.kv_len)
+        rows = {"query": self.bq, "out": 64}.get(name, self.bk)
+        packed = w.packed and name != "out"
         if w.layout == "bhsd":
             dims, box = (w.head_dim, length, heads, w.batch), (ROW, rows, 1, 1)
         else:
-            heads = w.heads + 2 * w.kv_heads if w.packed else heads
+            heads = w.heads + 2 * w.kv_heads if packed else heads
             dims, box = (w.head_dim, heads, length, w.batch), (ROW, 1, rows, 1)
         strides = tuple(math.prod(dims[: i + 1]) for i in range(3))
-        return TensorMap("qkv" if w.packed else name, w.dtype, dims, strides, box)
+        return TensorMap("qkv" if packed else name, w.dtype, dims, strides, box)
 
     def _body(self, operand: dict[str, Any], maps: dict[str, Any], blocks: list[Any], thread: Any) -> None:
+        self.operand, self.maps, self.blocks, self.thread = operand, maps, blocks, thread
+        self._allocate()
+        hopper.start(thread, maps, self.barriers)
+        hopper.divide(thread, self.consumers, self.producer_registers, self._produce, self._consume)
+
+    @contextlib.contextmanager
+    def _each_tile(self) -> Iterator[None]:
+        """What is emitted inside runs for each block of queries of this block; its number, blocks of keys before it."""
+        from tvm.tirx.script.builder import ir as T
+
+        if not self.grid:
+            self.nth, self.before = 0, 0
+            self._locate(*self.blocks)
+            yield
+            return
+        block = self.blocks[0]
+        T.buffer_store(self.done, 0, [0])
+        with T.serial(T.bind((self.q_tiles - block + (self.grid - 1)) // self.grid)) as n:
+            tile = T.bind(block + n * self.grid)
+            self.nth, self.before = n, T.bind(self.done[0])
+            if self.w.causal:
+                self._locate(tile // self.pairs, tile % self.pairs)
+            else:
+                self._locate(tile % self.q_blocks, tile // self.q_blocks)
+            yield
+            T.buffer_store(self.done, self.before + self.count, [0])
+
+    def _locate(self, block: Any, sequence: Any) -> None:
+        """A block of queries of a sequence and head; under a causal mask the last, which see most keys, are first."""
         from tvm.tirx.script.builder import ir as T
 
         w = self.w
-        block, sequence = blocks
-        self.operand, self.maps, self.thread = operand, maps, thread
-        self._allocate()
-        hopper.start(thread, maps, self.barriers)
         self.b, self.h = T.bind(sequence // w.heads), T.bind(sequence % w.heads)
-        # Under a causal mask the last queries see most keys: they start first.
         self.first_query = T.bind(((self.q_blocks - 1 - block) if w.causal else block) * self.bq)
         self.first_block, end = self._key_blocks()
         self.count = T.bind(T.max(end - self.first_block, 0))
-        hopper.divide(thread, self.consumers, self._produce, self._consume)
 
     def _allocate(self) -> None:
         from tvm.tirx.script.builder import ir as T
@@ -80,25 +114,28 @@ class AttentionHopperKernel(AttentionKernel):
 
         self.query_bytes, self.key_bytes = (2 * self.dim * rows for rows in (self.bq, self.bk))
         payload = self.query_bytes + 2 * self.stages * self.key_bytes
-        self.shared = hopper.shared_memory(payload + 8 * (1 + 4 * self.stages))
+        self.shared = hopper.shared_memory(payload + 8 * (2 + 4 * self.stages))
         arrivals = WARPGROUP // _WARP * self.consumers
         self.query_full = Barriers(self.shared + payload, 1, 1)
+        self.query_empty = Barriers(self.query_full.end, 1, arrivals)
         #: By operand, keys first: what has come, what is read no more.
-        self.full = [Barriers(self.query_full.end, self.stages, 1)]
+        self.full = [Barriers(self.query_empty.end, self.stages, 1)]
         self.full.append(Barriers(self.full[0].end, self.stages, 1))
         self.empty = [Barriers(self.full[1].end, self.stages, arrivals)]
         self.empty.append(Barriers(self.empty[0].end, self.stages, arrivals))
-        self.barriers = (self.query_full, *self.full, *self.empty)
+        self.barriers = (self.query_full, self.query_empty, *self.full, *self.empty)
         self.scores, self.out = local(self.bk // 2), local(self.dim // 2)
         self.weights = local(self.bk // 4, "uint32")
         self.top, self.total, self.rescale = local(2), local(2), local(2)
+        self.done = local(1, "int32")
 
     def _stage(self, n: Any, which: int) -> tuple[Any, Any, Any]:
         """Where the ``n``-th block of keys (0) or values (1) lies: the stage, the parity of its use, the address."""
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
-        stage, parity = T.bind(n % self.stages), T.bind(n // self.stages % 2)
+        at = T.bind(self.before + n)
+        stage, parity = T.bind(at % self.stages), T.bind(at // self.stages % 2)
         first = self.query_bytes + which * self.stages * self.key_bytes
         return stage, parity, T.bind(self.shared + tirx.Cast("uint32", stage * self.key_bytes + first))
 
@@ -108,16 +145,18 @@ class AttentionHopperKernel(AttentionKernel):
         """One thread: the queries, then each block of keys and of values as soon as there is a free stage."""
         from tvm.tirx.script.builder import ir as T
 
-        with when(self.count > 0):
+        with self._each_tile():
+            if self.grid:
+                self.query_empty.wait(0, T.bind(1 - self.nth % 2))
             self.query_full.expect(0, self.query_bytes)
             self._copy("query", self.shared, self.first_query, self.bq, self.query_full.at(0))
-        with T.serial(self.count) as n:
-            for which, name in enumerate(("key", "value")):
-                stage, parity, address = self._stage(n, which)
-                self.empty[which].wait(stage, 1 - parity)
-                self.full[which].expect(stage, self.key_bytes)
-                row = (self.first_block + n) * self.bk
-                self._copy(name, address, row, self.bk, self.full[which].at(stage))
+            with T.serial(self.count) as n:
+                for which, name in enumerate(("key", "value")):
+                    stage, parity, address = self._stage(n, which)
+                    self.empty[which].wait(stage, 1 - parity)
+                    self.full[which].expect(stage, self.key_bytes)
+                    row = (self.first_block + n) * self.bk
+                    self._copy(name, address, row, self.bk, self.full[which].at(stage))
 
     def _copy(self, name: str, to: Any, row: Any, rows: int, barrier: Any) -> None:
         """``rows`` rows of this head of an operand, a tile for each 64 of head_dim."""
@@ -127,7 +166,7 @@ class AttentionHopperKernel(AttentionKernel):
             head = head + {"query": 0, "key": w.heads, "value": w.heads + w.kv_heads}[name]
         middle = [row, head] if w.layout == "bhsd" else [head, row]
         for c in range(self.chunks):
-            hopper.copy_tile(to + c * rows * ROW_BYTES, self.maps[name], [c * ROW, *middle, self.b], barrier)
+            tma.copy_tile(to + c * rows * ROW_BYTES, self.maps[name], [c * ROW, *middle, self.b], barrier)
 
     # -- consumers -----------------------------------------------------------------------------------------------------
 
@@ -138,15 +177,51 @@ class AttentionHopperKernel(AttentionKernel):
         self.lane = T.bind(self.thread % _WARP)
         self.consumer = T.bind(warpgroup - 1)
         self.warp = T.bind(self.thread // _WARP - WARPGROUP // _WARP)
-        for buffer, value in ((self.out, 0.0), (self.top, FLOOR), (self.total, 0.0)):
-            for i in range(int(buffer.shape[0])):
-                T.buffer_store(buffer, tirx.const(value, "float32"), [i])
-        with when(self.count > 0):
-            self.query_full.wait(0, 0)
-            offset = tirx.Cast("uint32", self.consumer * (64 * ROW_BYTES))
-            self.query = hopper.descriptor(self.shared + offset)
-            self._overlapped() if self.overlap else self._in_turn()
-        self._write()
+        self.own = T.bind(self.shared + tirx.Cast("uint32", self.consumer * (64 * ROW_BYTES)))
+        with self._each_tile():
+            for buffer, value in ((self.out, 0.0), (self.top, FLOOR), (self.total, 0.0)):
+                for i in range(int(buffer.shape[0])):
+                    T.buffer_store(buffer, tirx.const(value, "float32"), [i])
+            self.query_full.wait(0, T.bind(self.nth % 2) if self.grid else 0)
+            with when(self.count > 0):
+                self.query = hopper.descriptor(self.own)
+                self._overlapped() if self.overlap else self._in_turn()
+            if not self.tma_store:
+                self._release_query()
+            self._store() if self.tma_store else self._write()
+            if self.tma_store:
+                self._release_query()
+
+    def _release_query(self) -> None:
+        """Each warp, by one lane: it will not touch this tile's queries again."""
+        if self.grid:
+            with when(self.lane == 0):
+                self.query_empty.arrive(0)
+
+    def _store(self) -> None:
+        """As the base writes results, through the shared memory of this consumer's queries, 64 of head_dim a tile."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        w, barrier = self.w, T.bind(self.consumer + _FIRST_OWN)
+        hopper.named_barrier(barrier, WARPGROUP, wait=True)  # no warp of these reads the queries any more
+        for half in range(2):
+            inverse = self._inverse(half)
+            row = T.bind(self.warp % 4 * 16 + half * 8 + self.lane // 4)
+            for d in range(self.dim // 8):
+                chunk, c = divmod(d, ROW // 8)
+                at = row * ROW_BYTES + (row % 8 ^ c) * 16 + self.lane % 4 * 4 + chunk * self.bq * ROW_BYTES
+                sums = [self.out[self._sum(0, d) + half * 2 + e] * inverse for e in range(2)]
+                tma.store_pair(self.own + tirx.Cast("uint32", at), w.dtype, *sums)
+        tma.written_for_copies()
+        hopper.named_barrier(barrier, WARPGROUP, wait=True)
+        with when(tirx.all(self.warp % 4 == 0, self.lane == 0)):
+            first = T.bind(self.first_query + self.consumer * 64)
+            for c in range(self.chunks):
+                middle = [first, self.h] if w.layout == "bhsd" else [self.h, first]
+                address = self.own + c * self.bq * ROW_BYTES
+                tma.store_tile(self.maps["out"], [c * ROW, *middle, self.b], address)
+            tma.stores_have_read()
 
     def _in_turn(self) -> None:
         """Scores, softmax, weighted sum; block by block."""

@@ -10,12 +10,10 @@ from attntune.ops.attention import FLOOR, MASKED, Attention
 from attntune.ops.attention_expression import conditions, modified, position
 from attntune.search.space import Config
 from attntune.templates.cuda.intrinsics import call
-from attntune.templates.cuda.launch import kernel
+from attntune.templates.cuda.launch import WARP, dynamic_shared, kernel, over_lanes
 from attntune.templates.cuda.tiles import CHUNK, swizzled
 
-_WARP = 32
 _LOG2_E = math.log2(math.e)
-_EVERY_LANE = 0xFFFFFFFF
 
 
 def padded_dim(head_dim: int) -> int:
@@ -31,7 +29,7 @@ class AttentionKernel:
         names = ("warps", "warp_tiles", "key_block", "stages")
         self.warps, self.tiles, self.bk, self.stages = map(config.integer, names)
         self.hold_query = bool(config["hold_query"])
-        self.threads = self.warps * _WARP
+        self.threads = self.warps * WARP
         self.bq = self.warps * self.tiles * 16
         self.dim = w.head_dim
         self.row = padded_dim(w.head_dim)
@@ -55,7 +53,7 @@ class AttentionKernel:
             self.operand = operand
             self._allocate()
             self.b, self.h = T.bind(sequence // w.heads), T.bind(sequence % w.heads)
-            self.thread, self.lane, self.warp = thread, T.bind(thread % _WARP), T.bind(thread // _WARP)
+            self.thread, self.lane, self.warp = thread, T.bind(thread % WARP), T.bind(thread // WARP)
             # Under a causal mask the last queries see most keys: they start first.
             self.first_query = T.bind(((self.q_blocks - 1 - block) if w.causal else block) * self.bq)
             self._block()
@@ -69,7 +67,7 @@ class AttentionKernel:
             return T.sblock_alloc_buffer((count,), dtype, scope="local")
 
         elements = (self.bq + self.stages * 2 * self.bk) * self.row
-        self.shared = T.sblock_alloc_buffer((elements,), self.w.dtype, scope="shared.dyn")
+        self.shared = dynamic_shared(elements, self.w.dtype)
         self.scores = local(self.tiles * self.bk // 8 * 4)
         self.out = local(self.tiles * self.dim // 8 * 4)
         self.top, self.total = local(self.tiles * 2), local(self.tiles * 2)
@@ -326,26 +324,25 @@ class AttentionKernel:
 
     def _over_lanes(self, combine: Any, value: Any) -> Any:
         """``value`` combined over the four lanes that share a row."""
+        return over_lanes(combine, value, (1, 2))
+
+    def _inverse(self, row: int) -> Any:
+        """One divided by the total of a row's weights; zero where it sees no key."""
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
-        for distance in (1, 2):
-            value = T.bind(value)
-            mask = tirx.const(_EVERY_LANE, "uint32")
-            value = combine(value, T.tvm_warp_shuffle_xor(mask, value, distance, _WARP, _WARP))
-        return value
+        zero, one = tirx.const(0.0, "float32"), tirx.const(1.0, "float32")
+        total = T.bind(self._over_lanes(lambda a, b: a + b, self.total[row]))
+        return T.bind(tirx.Select(total > zero, one / T.max(total, tirx.const(1e-37, "float32")), zero))
 
     def _write(self) -> None:
         """Sums divided by the total of their weights; zeros for a query that sees no key."""
-        from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
         w = self.w
-        zero, one = tirx.const(0.0, "float32"), tirx.const(1.0, "float32")
         for i in range(self.tiles):
             for half in range(2):
-                total = T.bind(self._over_lanes(lambda a, b: a + b, self.total[i * 2 + half]))
-                inverse = T.bind(tirx.Select(total > zero, one / T.max(total, tirx.const(1e-37, "float32")), zero))
+                inverse = self._inverse(i * 2 + half)
                 query = T.bind(self._query(i, half))
                 with contextlib.ExitStack() as frames:
                     if w.q_len % self.bq:

@@ -33,7 +33,10 @@ class GenericCUDA(ScheduleTemplate):
     kind: ClassVar[str] = "cuda"
 
     def supports(self, workload: Workload, target: Target) -> bool:
-        """All but those that update their operands, which an expression cannot say, and recurrences, a single stage."""
+        """All but those that update their operands, which an expression cannot say, and recurrences, a single stage.
+
+        Both have templates of their own.
+        """
         return not workload.updated and not isinstance(workload, Recurrent)
 
     def space(self, workload: Workload, target: Target) -> ConfigSpace:
@@ -94,7 +97,8 @@ def bind_elements(sch: Any, block: Any, threads: int, vector: int) -> None:
     """``for i: for j: b`` → ``for ij_outer blockIdx.x: for ij_inner threadIdx.x: for j_inner vectorised: b``."""
     loops = list(sch.get_loops(block)) or [sch.add_unit_loop(block)]
     extent = int(sch.get(loops[-1]).extent)
-    width = math.gcd(vector, extent)
+    # TVM writes a vector of conditions as integers, which CUDA C++ does not convert to floats.
+    width = 1 if "T.Select(" in sch.get(block).script() else math.gcd(vector, extent)
     if width > 1:
         outer, inner = sch.split(loops.pop(), [None, width])
         loops.append(outer)

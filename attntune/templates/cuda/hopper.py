@@ -1,4 +1,6 @@
-"""What compute capability 9.0 adds, for kernels in TIR: tensor maps, tile copies (TMA), mbarriers, wgmma.
+"""What compute capability 9.0 adds, for kernels in TIR: tensor maps, mbarriers, wgmma.
+
+Copies of tiles (TMA) are in :mod:`attntune.templates.cuda.tma`.
 
 Sources: NVIDIA, "PTX ISA", sections on ``cp.async.bulk.tensor``, ``mbarrier``, ``wgmma`` and ``setmaxnreg``; the driver
 API's ``cuTensorMapEncodeTiled``; the canonical layouts in CUTLASS's documentation of its descriptors.
@@ -18,12 +20,15 @@ of the four warps with 16 rows, register 4j + r in the columns from 8j on. So ar
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from attntune.ops.workload import Workload
 from attntune.target import Target
+from attntune.templates.cuda.intrinsics import emit
+from attntune.templates.cuda.launch import dynamic_shared, when
+from attntune.templates.cuda.tma import prefetch
 
 #: Bytes of a row of a tile in shared memory: one row of the swizzle's pattern.
 ROW_BYTES = 128
@@ -35,11 +40,11 @@ PATTERN_BYTES = 8 * ROW_BYTES
 WARPGROUP = 128
 #: Rows or columns of a tile that one copy brings at most.
 MAX_BOX = 256
-#: Registers of a thread, by consumer warpgroups beside the producer's: of the producer, of a consumer. With one
-#: consumer, a block of 256 threads may have as many as there are. The sum is what a block was launched with.
-REGISTERS = {2: (24, 240), 3: (32, 160)}
+#: Registers of the producer's threads, from which consumers have the rest; 0 leaves all threads equally many. With one
+#: consumer, a block of 256 threads may have as many as there are.
+PRODUCER_REGISTERS = (0, 24, 40)
+_ALL_REGISTERS, _MAX_REGISTERS = 65536, 255
 
-_HEAD = "__forceinline__ __device__ void attntune_"
 _SWIZZLE_128B, _L2_128B = 3, 2  # of the driver's enumerations CUtensorMapSwizzle and CUtensorMapL2promotion
 _PTX = {"bfloat16": "bf16", "float16": "f16"}
 
@@ -109,20 +114,12 @@ def shared_memory(payload_bytes: int) -> Any:
     """Allocate ``payload_bytes`` of shared memory; the address of the first, a multiple of the pattern."""
     from tvm.tirx.script.builder import ir as T
 
-    buffer = T.sblock_alloc_buffer((payload_bytes + PATTERN_BYTES,), "uint8", scope="shared.dyn")
+    buffer = dynamic_shared(payload_bytes + PATTERN_BYTES, "uint8")
     source = f"""__forceinline__ __device__ unsigned attntune_shared_base(const void* shared) {{
   return ((unsigned)__cvta_generic_to_shared(shared) + {PATTERN_BYTES - 1}u) & ~{PATTERN_BYTES - 1}u;
 }}
 """
     return T.bind(T.cuda.func_call("attntune_shared_base", buffer.data, source_code=source, return_type="uint32"))
-
-
-def _emit(name: str, parameters: str, lines: str, *arguments: Any) -> None:
-    """Emit a call of a device function of this name, parameters and body."""
-    from tvm.tirx.script.builder import ir as T
-
-    source = f"{_HEAD}{name}({parameters}) {{\n{lines}\n}}\n"
-    T.evaluate(T.cuda.func_call(f"attntune_{name}", *arguments, source_code=source))
 
 
 def uniform(value: Any) -> Any:
@@ -156,7 +153,7 @@ class Barriers:
     def initialise(self) -> None:
         """By one thread, before :func:`barriers_are_visible`."""
         for i in range(self.count):
-            _emit(
+            emit(
                 "mbarrier_init", "unsigned barrier, unsigned arrivals",
                 '  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals) : "memory");',
                 self.at(i), self.arrivals,
@@ -164,7 +161,7 @@ class Barriers:
 
     def expect(self, i: Any, count: int) -> None:
         """Arrive, and have the phase wait for so many bytes of copies too."""
-        _emit(
+        emit(
             "mbarrier_expect", "unsigned barrier, unsigned bytes",
             """  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                :: "r"(barrier), "r"(bytes) : "memory");""",
@@ -173,14 +170,14 @@ class Barriers:
 
     def arrive(self, i: Any) -> None:
         """Arrive."""
-        _emit(
+        emit(
             "mbarrier_arrive", "unsigned barrier",
             '  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");', self.at(i),
         )  # fmt: skip
 
     def wait(self, i: Any, parity: Any) -> None:
         """Wait until the phase of this parity is complete; of the phase before the first, 1, it always is."""
-        _emit(
+        emit(
             "mbarrier_wait", "unsigned barrier, unsigned parity",
             """  unsigned done;
   do {
@@ -194,7 +191,7 @@ class Barriers:
 
 def barriers_are_visible() -> None:
     """By the thread that initialised mbarriers: to copies and to other threads, after a barrier of the block."""
-    _emit(
+    emit(
         "fence_mbarrier_init", "",
         """  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");""",
@@ -204,44 +201,30 @@ def barriers_are_visible() -> None:
 def named_barrier(identifier: Any, threads: int, *, wait: bool) -> None:
     """Arrive at a barrier of the block that ``threads`` threads meet at; and wait for them."""
     verb = "sync" if wait else "arrive"
-    _emit(
+    emit(
         f"named_barrier_{verb}", "int barrier, int threads",
         f'  asm volatile("bar.{verb} %0, %1;" :: "r"(barrier), "r"(threads) : "memory");', identifier, threads,
     )  # fmt: skip
+
+
+def split_is_legal(consumers: int, producer: int) -> bool:
+    """Whether registers may be split so: one consumer has what it may address, split or not."""
+    return producer in PRODUCER_REGISTERS and (consumers > 1 or not producer)
+
+
+def consumer_registers(consumers: int, producer: int) -> int:
+    """Registers of a consumer's thread where the producer's have ``producer`` (0: as many), in multiples of 8."""
+    each = _ALL_REGISTERS // (WARPGROUP * (1 + consumers)) // 8 * 8
+    if not producer:
+        return min(each, _MAX_REGISTERS)
+    return (each * (1 + consumers) - producer) // consumers // 8 * 8
 
 
 def set_registers(count: int, *, more: bool) -> None:
     """All warps of a warpgroup: have ``count`` registers a thread from here on."""
     verb = "inc" if more else "dec"
     line = f'  asm volatile("setmaxnreg.{verb}.sync.aligned.u32 {count};" ::: "memory");'
-    _emit(f"registers_{verb}_{count}", "", line)
-
-
-# -- copies ------------------------------------------------------------------------------------------------------------
-
-
-def prefetch(tensor_map: Any) -> None:
-    """Bring a tensor map into the cache."""
-    from tvm.tirx.script.builder import ir as T
-
-    line = '  asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory");'
-    _emit("prefetch_map", "unsigned long long map", line, T.address_of(tensor_map))
-
-
-def copy_tile(to: Any, tensor_map: Any, coordinates: Sequence[Any], barrier: Any) -> None:
-    """By one thread: copy a box to the address ``to``; its bytes count at the mbarrier. Zeros past the ends."""
-    from tvm.tirx.script.builder import ir as T
-
-    rank = len(coordinates)
-    at = ", ".join(f"%{i + 3}" for i in range(rank))
-    _emit(
-        f"copy_tile_{rank}d",
-        "unsigned to, unsigned long long map, unsigned barrier, " + ", ".join(f"int c{i}" for i in range(rank)),
-        f"""  asm volatile("cp.async.bulk.tensor.{rank}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-               "[%0], [%1, {{{at}}}], [%2];"
-               :: "r"(to), "l"(map), "r"(barrier), {", ".join(f'"r"(c{i})' for i in range(rank))} : "memory");""",
-        to, T.address_of(tensor_map), barrier, *coordinates,
-    )  # fmt: skip
+    emit(f"registers_{verb}_{count}", "", line)
 
 
 # -- wgmma -------------------------------------------------------------------------------------------------------------
@@ -298,7 +281,7 @@ def multiply(sums: Any, n: int, dtype: str, a: Any, b: Any, accumulate: Any, *, 
     name = f"wgmma_{n}_{dtype}_{'rs' if registers else 'ss'}{'_t' if transposed else ''}"
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     ptx = _PTX[dtype]
-    _emit(
+    emit(
         name, f"float* d, {parameter}, unsigned long long b, int accumulate",
         f"""  asm volatile("{{ .reg .pred accumulates; setp.ne.b32 accumulates, %{following + 1}, 0; "
                "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx}.{ptx} {{{listed}}}, "
@@ -312,7 +295,7 @@ def multiply(sums: Any, n: int, dtype: str, a: Any, b: Any, accumulate: Any, *, 
 def hold(registers: Any, count: int, dtype: str = "float32") -> None:
     """Have the compiler neither read nor write ``count`` registers across this point; no instruction."""
     kind, letter = {"float32": ("float", "f"), "uint32": ("unsigned", "r")}[dtype]
-    _emit(
+    emit(
         f"hold_{kind}_{count}", f"{kind}* r",
         f"""#pragma unroll
   for (int i = 0; i < {count}; ++i) asm volatile("" : "+{letter}"(r[i]) :: "memory");""",
@@ -322,26 +305,17 @@ def hold(registers: Any, count: int, dtype: str = "float32") -> None:
 
 def begin() -> None:
     """Before wgmmas whose registers were touched."""
-    _emit("wgmma_begin", "", '  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");')
+    emit("wgmma_begin", "", '  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");')
 
 
 def commit() -> None:
     """End a group of wgmmas."""
-    _emit("wgmma_commit", "", '  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");')
+    emit("wgmma_commit", "", '  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");')
 
 
 def wait(pending: int) -> None:
     """Wait until at most so many groups are still computed."""
-    _emit(f"wgmma_wait_{pending}", "", f'  asm volatile("wgmma.wait_group.sync.aligned {pending};" ::: "memory");')
-
-
-@contextlib.contextmanager
-def when(condition: Any) -> Iterator[None]:
-    """What is emitted inside runs where ``condition`` holds."""
-    from tvm.tirx.script.builder import ir as T
-
-    with T.If(condition), T.Then():
-        yield
+    emit(f"wgmma_wait_{pending}", "", f'  asm volatile("wgmma.wait_group.sync.aligned {pending};" ::: "memory");')
 
 
 def start(thread: Any, maps: Mapping[str, Any], barriers: Sequence[Barriers]) -> None:
@@ -358,7 +332,7 @@ def start(thread: Any, maps: Mapping[str, Any], barriers: Sequence[Barriers]) ->
 
 
 def divide(
-    thread: Any, consumers: int, produce: Callable[[], None], consume: Callable[[Any], None]
+    thread: Any, consumers: int, producer_registers: int, produce: Callable[[], None], consume: Callable[[Any], None]
 ) -> None:  # fmt: skip
     """One thread of the first warpgroup produces; the other warpgroups consume, with registers that it gives up.
 
@@ -366,7 +340,8 @@ def divide(
     """
     from tvm.tirx.script.builder import ir as T
 
-    fewer, more = REGISTERS.get(consumers, (0, 0))
+    fewer = producer_registers
+    more = consumer_registers(consumers, producer_registers) if fewer else 0
     warpgroup = uniform(thread // WARPGROUP)
     with T.If(warpgroup == 0):
         with T.Then():

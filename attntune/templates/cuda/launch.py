@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from attntune.ops.workload import Workload
+
+#: Threads of a warp, and the mask of all of them.
+WARP, EVERY_LANE = 32, 0xFFFFFFFF
 
 Body = Callable[[dict[str, Any], list[Any], Any], None]
 """Writes a kernel, given the operands by name, the block's indices as ordered in its grid, and the thread."""
@@ -29,7 +32,10 @@ def kernel(w: Workload, grid: Sequence[int], threads: int, body: Body) -> Any:
     return kernels(w, {}, [Launch(grid, threads, body)])
 
 
-def kernels(w: Workload, scratch: Mapping[str, tuple[int, ...]], launches: Sequence[Launch]) -> Any:
+def kernels(
+    w: Workload, scratch: Mapping[str, tuple[int, ...]], launches: Sequence[Launch],
+    packed: Mapping[str, tuple[int, ...]] | None = None,
+) -> Any:  # fmt: skip
     """A ``PrimFunc`` ``main`` over the inputs and fresh outputs of ``w`` that launches kernels one after another.
 
     Args:
@@ -37,6 +43,7 @@ def kernels(w: Workload, scratch: Mapping[str, tuple[int, ...]], launches: Seque
         scratch: shapes of float32 buffers in device memory by name, for what one kernel leaves for the next; among the
             operands that a body is given.
         launches: the kernels.
+        packed: shapes of inputs whose layout is not the workload's, by name.
     """
     from tvm.script.ir_builder import IRBuilder
     from tvm.tirx.script.builder import ir as T
@@ -45,7 +52,8 @@ def kernels(w: Workload, scratch: Mapping[str, tuple[int, ...]], launches: Seque
         T.func_name("main")
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
         specs = (*w.inputs(), *w.fresh())
-        operand = {spec.name: T.arg(spec.name, T.buffer(spec.shape, spec.dtype)) for spec in specs}
+        shapes = {**{spec.name: spec.shape for spec in specs}, **(packed or {})}
+        operand = {spec.name: T.arg(spec.name, T.buffer(shapes[spec.name], spec.dtype)) for spec in specs}
         with T.sblock("root"):
             for name, shape in scratch.items():
                 operand[name] = T.sblock_alloc_buffer(shape, "float32", scope="global")
@@ -59,3 +67,36 @@ def kernels(w: Workload, scratch: Mapping[str, tuple[int, ...]], launches: Seque
                     T.writes()
                     launch.body(operand, blocks[::-1], thread)
     return builder.get()
+
+
+@contextlib.contextmanager
+def when(condition: Any) -> Iterator[None]:
+    """What is emitted inside runs where ``condition`` holds."""
+    from tvm.tirx.script.builder import ir as T
+
+    with T.If(condition), T.Then():
+        yield
+
+
+def over_lanes(combine: Callable[[Any, Any], Any], value: Any, distances: Sequence[int]) -> Any:
+    """``value`` combined over lanes of a warp that are these powers of two apart; every lane gets the result."""
+    from tvm import tirx
+    from tvm.tirx.script.builder import ir as T
+
+    for distance in distances:
+        value = T.bind(value)
+        mask = tirx.const(EVERY_LANE, "uint32")
+        value = combine(value, T.tvm_warp_shuffle_xor(mask, value, distance, WARP, WARP))
+    return value
+
+
+def dynamic_shared(count: int, dtype: str) -> Any:
+    """Allocate ``count`` elements of a block's dynamic shared memory.
+
+    Named by dtype: the kernels of a module are one translation unit of CUDA C++, where what has one name must have one
+    type.
+    """
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.tirx.script.builder import ir as T
+
+    return IRBuilder.name(f"shared_{dtype}", T.sblock_alloc_buffer((count,), dtype, scope="shared.dyn"))

@@ -8,8 +8,9 @@
                   memory, one slice's still computed while the next is begun; then the epilogue on registers, meanwhile
                   the producer fills the stages for the next tile
 
-Registers are split unequally (``setmaxnreg``): the producer needs none for sums. A stage has two mbarriers: *full*
-counts the bytes that have come, *empty* the warps that are done with it. Tiles at the edges read zeros.
+Registers are split unequally (``setmaxnreg``, ``producer_registers``): the producer needs none for sums. A stage has
+two mbarriers: *full* counts the bytes that have come, *empty* the warps that are done with it. Tiles at the edges read
+zeros.
 
 Sources: NVIDIA, "PTX ISA"; the warp-specialised persistent design of CUTLASS 3 (Thakkar et al.).
 
@@ -36,8 +37,8 @@ from attntune.templates.cuda.linear_hopper_kernel import LinearHopperKernel
 from attntune.templates.cuda.tiles import CHUNK
 from attntune.templates.template import ScheduleTemplate
 
-#: Sums of a thread at most, by consumers: with the epilogue's values they fit into its registers.
-_MAX_SUMS = {1: 128, 2: 128, 3: 96}
+#: Sums of a thread at most, and registers beside them: the epilogue's values, addresses.
+_MAX_SUMS, _OTHER_REGISTERS = 128, 64
 #: Fewest rows: half of the least tile is padding.
 _MIN_ROWS = 33
 
@@ -56,7 +57,7 @@ class LinearHopper(ScheduleTemplate):
         return half and shape and hopper.available(target)
 
     def space(self, workload: Workload, target: Target) -> ConfigSpace:
-        """Tile, slices in flight, consumer warpgroups, whether blocks stay for more tiles, and the order of tiles."""
+        """Tile, slices in flight, consumer warpgroups, whether blocks stay for more tiles, their order, registers."""
         w = _linear(workload)
         knobs = [
             Knob("block_m", tuple(m for m in (64, 128, 192, 256) if m == 64 or m < 2 * w.rows)),
@@ -65,11 +66,14 @@ class LinearHopper(ScheduleTemplate):
             Knob("consumers", (1, 2, 3)),
             Knob("persistent", (False, True)),
             Knob("group", (1, 4, 8)),
+            Knob("producer_registers", hopper.PRODUCER_REGISTERS),
         ]
 
         def fits(config: Config) -> bool:
-            m, consumers = config.integer("block_m"), config.integer("consumers")
-            if m % (64 * consumers) or _sums(w, config) > _MAX_SUMS[consumers]:
+            m, consumers, producer = map(config.integer, ("block_m", "consumers", "producer_registers"))
+            if m % (64 * consumers) or not hopper.split_is_legal(consumers, producer):
+                return False
+            if _sums(w, config) > min(_MAX_SUMS, hopper.consumer_registers(consumers, producer) - _OTHER_REGISTERS):
                 return False
             return shared_bytes(w, config) <= target.shared_memory_bytes
 
@@ -89,6 +93,7 @@ class LinearHopper(ScheduleTemplate):
             issue = 1.0 + 8.0 / n + 0.1 * (consumers != 2)
             hidden = 1.0 + 0.05 * abs(config.integer("stages") - 4)
             order = 1.0 + 0.001 * (config["group"] != (8 if tiles > target.sm_count else 1))
+            order += 0.001 * (config.integer("producer_registers") != (24 if consumers > 1 else 0))
             order += 0.01 * (bool(config["persistent"]) != (tiles > target.sm_count))
             return most * m * n * reads * issue * hidden * order, config.key()
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from attntune.ops.linear import Linear
 from attntune.search.space import Config
-from attntune.templates.cuda import hopper
-from attntune.templates.cuda.hopper import ROW, ROW_BYTES, WARPGROUP, Barriers, TensorMap, when
+from attntune.templates.cuda import hopper, tma
+from attntune.templates.cuda.hopper import ROW, ROW_BYTES, WARPGROUP, Barriers, TensorMap
 from attntune.templates.cuda.intrinsics import call
+from attntune.templates.cuda.launch import when
 from attntune.templates.cuda.linear_kernel import finished
 
 _WARP = 32
@@ -22,6 +23,7 @@ class LinearHopperKernel:
         self.w = w
         names = ("block_m", "block_n", "stages", "consumers", "group")
         self.bm, self.bn, self.stages, self.consumers, self.group = map(config.integer, names)
+        self.producer_registers = config.integer("producer_registers")
         self.parts = 2 if w.gated else 1
         self.threads = WARPGROUP * (1 + self.consumers)
         #: Tiles of 64 rows of a consumer.
@@ -52,7 +54,7 @@ class LinearHopperKernel:
         held = self.parts * self.tiles_m * self.bn // 2
         self.sums = T.sblock_alloc_buffer((held,), "float32", scope="local")
         hopper.start(thread, maps, (self.full, self.empty))
-        hopper.divide(thread, self.consumers, self._produce, self._consume)
+        hopper.divide(thread, self.consumers, self.producer_registers, self._produce, self._consume)
 
     def _each_tile(self) -> Any:
         """Loop over the tiles of this block; how many came before."""
@@ -92,11 +94,11 @@ class LinearHopperKernel:
                 self.empty.wait(stage, 1 - parity)
                 self.full.expect(stage, self.stage_bytes)
                 barrier = self.full.at(stage)
-                hopper.copy_tile(address, self.maps["x"], [k * ROW, row], barrier)
+                tma.copy_tile(address, self.maps["x"], [k * ROW, row], barrier)
                 for part in range(self.parts):
                     to = address + (self.bm + part * self.bn) * ROW_BYTES
                     coordinates = [k * ROW, column + part * self.w.out_features]
-                    hopper.copy_tile(to, self.maps["weight"], coordinates, barrier)
+                    tma.copy_tile(to, self.maps["weight"], coordinates, barrier)
 
     # -- consumers -----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from attntune.ops.linear import Linear
 from attntune.ops.padding import before_end
 from attntune.search.space import Config
 from attntune.templates.cuda.intrinsics import call
-from attntune.templates.cuda.launch import kernel
+from attntune.templates.cuda.launch import dynamic_shared, kernel
 from attntune.templates.cuda.tiles import CHUNK, swizzled
 
 _WARP = 32
@@ -49,7 +49,7 @@ class LinearKernel:
         self.thread = thread
         self.lane, self.warp = T.bind(thread % _WARP), T.bind(thread // _WARP)
         self._place(block)
-        self.shared = T.sblock_alloc_buffer((self.stages * self.stage_elements,), self.w.dtype, scope="shared.dyn")
+        self.shared = dynamic_shared(self.stages * self.stage_elements, self.w.dtype)
         held = self.parts * self.tiles_m * self.tiles_n * 2 * 4
         self.sums = T.sblock_alloc_buffer((held,), "float32", scope="local")
         self.a = T.sblock_alloc_buffer((self.tiles_m * 4,), "uint32", scope="local")

@@ -96,3 +96,22 @@ def streams(path):
             queued.append(int(current(2, 0) or 0))
     memory.download(memory.upload(np.zeros(3, np.float32)))
     return queued, behind, waited, int(current(2, 0) or 0)
+
+
+def compile_package(directory, target, path, shapes):
+    """Save an artifact of a model that a package's folder holds; the names of the templates of its kernels."""
+    artifact = attntune.compile(attntune.models.from_pretrained(directory), target=target, shapes=shapes)
+    artifact.save(path)
+    return {kernel["template"].rpartition(":")[2] for kernel in artifact.kernels}
+
+
+def written(path, words):
+    """Tokens of each word as a loaded RNN encoder-decoder writes them, and the logits of its first step."""
+    from attntune.runtime.sequences import Sequences
+    from attntune.runtime.vocabulary import Vocabulary
+
+    tuned = load(path)
+    ids, lengths = Vocabulary.load(tuned.folder / "vocabulary.json").encode(words)
+    source = {"input_ids": ids, "source_lengths": lengths}
+    told = tuned.generate([[]] * len(words), source=source, max_new_tokens=12)
+    return told.tokens, Sequences(tuned, [[]] * len(words), source, 2).begin()

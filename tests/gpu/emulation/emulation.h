@@ -32,6 +32,11 @@ void emulation_mode(int late, unsigned seed);
 
 // hopper.cpp
 void emulated_named_barrier(int barrier, int threads, bool waits);
+void emulated_tensor_store(unsigned long long map, int rank, const int* coordinates, unsigned from);
+void emulated_bulk_commit();
+void emulated_bulk_wait(int pending);
+void emulated_fence_proxy();
+void emulated_store_shared(unsigned to, unsigned value);
 void emulated_mbarrier_init(unsigned address, unsigned count);
 void emulated_mbarrier_arrive(unsigned address, unsigned expected_bytes);
 void emulated_mbarrier_wait(unsigned address, unsigned parity);

@@ -2,7 +2,7 @@
 // tensors, mbarriers, wgmma on descriptors of swizzled shared memory, named barriers, setmaxnreg.
 //
 // Written from those documents and not from the kernels. Copies of tiles land when they are issued, or only when no
-// thread can go on. Each warp's part of a wgmma is done when it is issued, or only when the warp waits for its group.
+// thread can go on; to device memory when they are issued, or only when their thread waits for its groups. Each warp's part of a wgmma is done when it is issued, or only when the warp waits for its group.
 #include <cuda.h>
 #include <cuda_fp16.h>
 
@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "driver.h"
+#include "tensor_map.h"
 
 namespace {
 
@@ -24,19 +25,16 @@ struct Barrier {
 static_assert(sizeof(Barrier) == 8);
 constexpr uint64_t kValid = 2;  // neither poison nor zeros
 
-struct TensorMap {  // what cuTensorMapEncodeTiled writes into the 128 bytes of a CUtensorMap
-  char* address;
-  uint64_t dimensions[5], strides[5];  // strides in bytes; the first is the element's size
-  uint32_t box[5];
-  uint8_t rank, element_bytes, swizzle, valid;
-};
-static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
-constexpr uint8_t kEncoded = 0xA5;
-
 struct TileCopy {
   TensorMap map;
   int coordinates[5];
   unsigned to, mbarrier;
+};
+
+struct TileStore {
+  TensorMap map;
+  int coordinates[5];
+  unsigned from;
 };
 
 struct NamedBarrier {
@@ -56,6 +54,8 @@ struct Warp {
 };
 
 std::vector<TileCopy> in_flight;
+std::map<size_t, std::deque<std::vector<TileStore>>> stores;  // by thread, in groups, the last one open
+std::vector<bool> proxy_fenced;                               // by thread, since the last tile that was stored
 std::map<unsigned, size_t> unfenced;  // mbarriers that only the thread which initialised them may know of
 NamedBarrier named[16];
 std::vector<Warp> warps;
@@ -83,43 +83,17 @@ void complete_phase_if_done(Barrier* b) {
   }
 }
 
-// The address that a swizzle mode stores at: bits from 4 on are exclusive-or'ed with those from 7 on.
-unsigned swizzled(unsigned address, int bits) {
-  unsigned mask = (1u << bits) - 1;
-  return address ^ ((address >> 7 & mask) << 4);
-}
-
-int swizzle_bits(CUtensorMapSwizzle swizzle) {
-  switch (swizzle) {
-    case CU_TENSOR_MAP_SWIZZLE_NONE: return 0;
-    case CU_TENSOR_MAP_SWIZZLE_32B: return 1;
-    case CU_TENSOR_MAP_SWIZZLE_64B: return 2;
-    case CU_TENSOR_MAP_SWIZZLE_128B: return 3;
-    default: return -1;
-  }
+void perform(const TileStore& store) {
+  size_t bytes = store.map.element_bytes;
+  each_element(store.map, store.coordinates, store.from, "a tile is stored from",
+               [bytes](void* global, void* local, bool inside) { inside ? memcpy(global, local, bytes) : nullptr; });
 }
 
 void land(const TileCopy& copy) {
-  const TensorMap& map = copy.map;
-  unsigned offset = 0;
-  uint32_t at[5] = {};
-  for (bool more = true; more;) {
-    bool inside = true;
-    const char* from = map.address;
-    for (int i = 0; i < map.rank; ++i) {
-      int64_t coordinate = int64_t(copy.coordinates[i]) + at[i];
-      inside &= coordinate >= 0 && uint64_t(coordinate) < map.dimensions[i];
-      from += coordinate * int64_t(map.strides[i]);
-    }
-    void* to = shared_at(swizzled(copy.to + offset, map.swizzle), map.element_bytes, "a tile is copied to");
-    inside ? memcpy(to, from, map.element_bytes) : memset(to, 0, map.element_bytes);
-    offset += map.element_bytes;
-    more = false;
-    for (int i = 0; i < map.rank && !more; ++i) {
-      more = ++at[i] < map.box[i];
-      if (!more) at[i] = 0;
-    }
-  }
+  size_t bytes = copy.map.element_bytes;
+  unsigned offset = each_element(
+      copy.map, copy.coordinates, copy.to, "a tile is copied to",
+      [bytes](void* global, void* local, bool inside) { inside ? memcpy(local, global, bytes) : memset(local, 0, bytes); });
   Barrier* b = valid_barrier(copy.mbarrier);
   if (b->bytes - int64_t(offset) < -((1 << 20) - 1)) fail("an mbarrier's count of bytes overflows");
   b->bytes -= offset;
@@ -219,6 +193,8 @@ void together(void*[32]) {}
 void hopper_begin() {
   in_flight.clear();
   unfenced.clear();
+  stores.clear();
+  proxy_fenced.assign(thread_count(), false);
   for (NamedBarrier& b : named) b = NamedBarrier();
   size_t n = thread_count();
   warps.assign((n + 31) / 32, Warp());
@@ -236,6 +212,9 @@ bool hopper_progress() {
 
 void hopper_end() {
   if (!in_flight.empty()) fail("a block ended before the tiles it asked for had come");
+  for (const auto& [thread, groups] : stores)
+    for (const auto& group : groups)
+      if (!group.empty()) fail("a block ended before the tiles that it stores were read");
   for (const NamedBarrier& b : named)
     if (b.arrived) fail("a block ended with threads arrived at a named barrier");
   for (size_t i = 0; i < warps.size(); ++i) {
@@ -295,6 +274,47 @@ void emulated_tensor_copy(unsigned to, unsigned long long map, int rank, const i
   late() ? in_flight.push_back(copy) : land(copy);
 }
 
+void emulated_fence_proxy() { proxy_fenced[thread_index()] = true; }
+
+void emulated_store_shared(unsigned to, unsigned value) {
+  if (to % 4) fail("st.shared to a misaligned address");
+  memcpy(shared_at(to, 4, "st.shared"), &value, 4);
+}
+
+void emulated_tensor_store(unsigned long long map, int rank, const int* coordinates, unsigned from) {
+  TileStore store;
+  memcpy(&store.map, reinterpret_cast<const void*>(map), sizeof(TensorMap));
+  if (map % 64 || store.map.valid != kEncoded) fail("a store through what is no tensor map");
+  if (store.map.rank != rank) fail("a store of another rank than its tensor map's");
+  if (from % (store.map.swizzle ? 128u << store.map.swizzle : 128u))
+    fail("a tile is stored from where its swizzle's pattern does not begin");
+  size_t first = thread_index() / 128 * 128;  // of the warpgroup, whose threads are taken to have written the tile
+  for (size_t i = first; i < first + 128 && i < proxy_fenced.size(); ++i)
+    if (!proxy_fenced[i]) fail("a tile is stored before a fence after it was written");
+  memcpy(store.coordinates, coordinates, sizeof(int) * rank);
+  store.from = from;
+  auto& groups = stores[thread_index()];
+  if (groups.empty()) groups.emplace_back();
+  late() ? groups.back().push_back(store) : perform(store);
+}
+
+void emulated_bulk_commit() {
+  auto& groups = stores[thread_index()];
+  if (groups.empty()) groups.emplace_back();
+  groups.emplace_back();
+  // What is written from here on takes another fence.
+  size_t first = thread_index() / 128 * 128;
+  for (size_t i = first; i < first + 128 && i < proxy_fenced.size(); ++i) proxy_fenced[i] = false;
+}
+
+void emulated_bulk_wait(int pending) {
+  auto& groups = stores[thread_index()];
+  while (int(groups.size()) - 1 > pending) {
+    for (const TileStore& store : groups.front()) perform(store);
+    groups.pop_front();
+  }
+}
+
 void emulated_registers(int count, bool more) {
   if (count < 24 || count > 256 || count % 8) fail("setmaxnreg of a number out of range");
   size_t i = thread_index() / 32;
@@ -336,30 +356,5 @@ void emulated_wgmma_wait(int pending) {
     w.fenced = false;
   }
   emulated_warp(together, nullptr);
-}
-
-CUresult cuTensorMapEncodeTiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* address,
-                                const cuuint64_t* dimensions, const cuuint64_t* strides, const cuuint32_t* box,
-                                const cuuint32_t* element_strides, CUtensorMapInterleave interleave,
-                                CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-  int bits = swizzle_bits(swizzle);
-  bool half = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  bool legal = reinterpret_cast<uintptr_t>(out) % 64 == 0 && reinterpret_cast<uintptr_t>(address) % 16 == 0;
-  legal &= rank >= 1 && rank <= 5 && half && bits >= 0;
-  legal &= interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;  // all that is emulated
-  TensorMap map = {static_cast<char*>(address), {}, {2}, {}, uint8_t(rank), 2, uint8_t(bits), kEncoded};
-  for (cuuint32_t i = 0; legal && i < rank; ++i) {
-    map.dimensions[i] = dimensions[i], map.box[i] = box[i];
-    legal &= dimensions[i] >= 1 && dimensions[i] <= 1ull << 32 && box[i] >= 1 && box[i] <= 256;
-    legal &= element_strides[i] == 1;
-    if (i == 0) continue;
-    map.strides[i] = strides[i - 1];
-    legal &= strides[i - 1] % 16 == 0 && strides[i - 1] < 1ull << 40;
-  }
-  legal = legal && box[0] * 2 % 16 == 0 && (bits == 0 || box[0] * 2 <= 16u << bits);
-  if (!legal) return CUDA_ERROR_INVALID_VALUE;
-  memset(out, 0, sizeof(*out));
-  memcpy(out, &map, sizeof(map));
-  return CUDA_SUCCESS;
 }
 }

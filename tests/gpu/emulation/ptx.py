@@ -85,7 +85,10 @@ _SIMPLE = (
         r"emulated_mbarrier_wait(\2, \3); \1 = true;",
     ),
     (r"fence\.mbarrier_init\.release\.cluster", "emulated_fence_mbarrier_init();"),
-    (r"fence\.proxy\.async\.shared::cta", ""),
+    (r"fence\.proxy\.async\.shared::cta", "emulated_fence_proxy();"),
+    (r"cp\.async\.bulk\.commit_group", "emulated_bulk_commit();"),
+    (r"cp\.async\.bulk\.wait_group\.read (\d+)", r"emulated_bulk_wait(\1);"),
+    (r"st\.shared\.b32 \[(%\d+)\], (%\d+)", r"emulated_store_shared(\1, \2);"),
     (r"prefetch\.tensormap \[(%\d+)\]", ""),
     (r"bar\.sync (%\d+), (%\d+)", r"emulated_named_barrier(\1, \2, true);"),
     (r"bar\.arrive (%\d+), (%\d+)", r"emulated_named_barrier(\1, \2, false);"),
@@ -98,6 +101,10 @@ _SIMPLE = (
 _COPY = re.compile(
     r"cp\.async\.bulk\.tensor\.(\d)d\.shared::cluster\.global(?:\.tile)?\.mbarrier::complete_tx::bytes "
     r"\[(%\d+)\], \[(%\d+), \{([^{}]*)\}\], \[(%\d+)\]"
+)
+_STORE = re.compile(
+    r"cp\.async\.bulk\.tensor\.(\d)d\.global\.shared::cta(?:\.tile)?\.bulk_group "
+    r"\[(%\d+), \{([^{}]*)\}\], \[(%\d+)\]"
 )
 _WGMMA = re.compile(
     r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(bf16|f16)\.(bf16|f16) "
@@ -116,6 +123,11 @@ def _instruction(line: str) -> Iterator[str]:
         rank, to, tensor_map, coordinates, mbarrier = found.groups()
         assert len(coordinates.split(",")) == int(rank), f"expected {rank} coordinates: {line}"
         yield f"int at[] = {{{coordinates}}}; emulated_tensor_copy({to}, {tensor_map}, {rank}, at, {mbarrier});"
+        return
+    if found := _STORE.fullmatch(line):
+        rank, tensor_map, coordinates, source = found.groups()
+        assert len(coordinates.split(",")) == int(rank), f"expected {rank} coordinates: {line}"
+        yield f"int at[] = {{{coordinates}}}; emulated_tensor_store({tensor_map}, {rank}, at, {source});"
         return
     found = _WGMMA.fullmatch(line)
     assert found, f"the emulated device knows no instruction {line!r}"
