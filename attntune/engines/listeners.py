@@ -22,7 +22,7 @@ class AttntuneListener(Engine):
         """Load the artifact of the engine's precision."""
         from attntune.runtime import load
 
-        self._tuned = load(source.artifacts[self.precision], cores=threads)
+        self._tuned = load(source.artifact(self.precision), cores=threads)
 
     def write(self, prompt: Any, count: int) -> Written:
         """Tokens of log-mel features (bins, frames) float32."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from attntune.engines.engine import OPENMP_ENV
+from attntune.errors import EngineError
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,12 @@ class WriterSource:
     """Precision → a compiled artifact."""
     context: int
     """Capacity of the cache, in tokens."""
+
+    def artifact(self, precision: str) -> str:
+        """The artifact of a precision; raises :class:`EngineError` where there is none."""
+        if precision not in self.artifacts:
+            raise EngineError(f"no artifact in {precision}; expected one of {sorted(self.artifacts)}")
+        return self.artifacts[precision]
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class AttntuneWriter(Writer):
         """Load the artifact of the writer's precision."""
         from attntune.runtime import load
 
-        self._tuned = load(source.artifacts[self.precision], cores=threads)
+        self._tuned = load(source.artifact(self.precision), cores=threads)
         self._state = self._tuned.state("decode", 1, context=source.context)
 
     def begin(self, prompt: Sequence[int]) -> int:

@@ -64,3 +64,8 @@ def test_nobody_left_is_an_error():
         compare_writers(
             WriterSource("", {}, 1), {"x": [1]}, 1, {"pencil": Pencil}, target=native(), rounds=1, say=print
         )
+
+
+def test_a_precision_that_was_not_compiled_is_named():
+    with pytest.raises(EngineError, match=r"no artifact in int8; expected one of \['float32'\]"):
+        WriterSource("", {"float32": "a.attn"}, 1).artifact("int8")
