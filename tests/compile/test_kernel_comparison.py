@@ -45,8 +45,14 @@ def test_right_engines_are_timed_and_others_are_named(found):
             assert result.max_rel_error < 1e-5
             assert result.way
     by_engine = {(r.engine, r.cache): r for r in found.results if r.label == "7×80→40"}
-    assert all(r.outcome is Outcome.OK and 0 < r.max_rel_error < 0.05 for r in by_engine.values())
-    assert by_engine["attntune", "hot"].max_rel_error < 1e-5
+    assert set(by_engine) == {(engine, cache) for engine in ("attntune", "pytorch") for cache in ("hot", "cold")}
+    for (engine, _), result in by_engine.items():
+        if engine == "pytorch" or native().has("avx512vnni"):
+            assert result.outcome is Outcome.OK
+            assert 0 < result.max_rel_error < (0.05 if engine == "pytorch" else 1e-5)
+        else:
+            assert result.outcome is Outcome.UNAVAILABLE
+            assert "no template schedules linear" in result.message
     assert by_engine["pytorch", "hot"].way.startswith("linear_dynamic")
     four_bits = {r.engine: r for r in found.results if r.group == "int4"}
     assert four_bits["attntune"].outcome is Outcome.OK
