@@ -237,14 +237,10 @@ def _written(tuned: TunedModel, source: Source) -> Given:
     from attntune.runtime.generation import generate
     from attntune.runtime.text import Codec
 
-    path = None
-    if source.audio:
-        sides = heard(tuned, source.audio)
-    else:
-        sides = Codec(tuned.folder, source.tokenizer).sources(source.texts or ())
-    vocabulary = Codec(tuned.folder, source.tokenizer).vocabulary
-    if vocabulary is None:
-        path = find_tokenizer(tuned.folder, source.tokenizer)
+    codec = Codec(tuned.folder, source.tokenizer)
+    sides = heard(tuned, source.audio) if source.audio else codec.sources(source.texts or ())
+    vocabulary = codec.vocabulary
+    path = None if vocabulary else find_tokenizer(tuned.folder, source.tokenizer)
     generation = tuned.manifest["generation"]
     start = list(generation["start"])
     limits = [_longest(tuned, "seq"), source.max_new_tokens or _MOST_TOKENS]

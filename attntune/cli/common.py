@@ -174,7 +174,9 @@ def existing_model(path: Path) -> Path:
 
 def is_preset(path: Path) -> bool:
     """Whether it names a preset."""
-    return str(path).startswith("preset:")
+    from attntune.models.presets import PREFIX
+
+    return str(path).startswith(PREFIX)
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

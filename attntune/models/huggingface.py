@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from attntune.models.config import integers, require_fields, unsupported
+from attntune.models.config import integers, require_fields, require_sizes, unsupported
 from attntune.models.encoder_decoder import EncoderDecoderConfig
 from attntune.models.model import Generation
 
@@ -31,10 +31,36 @@ BART_NAMES = {
     "feed_forward.up": "{side}.layers.{index}.fc1.{end}",
     "feed_forward.down": "{side}.layers.{index}.fc2.{end}",
 }
+_BART_SIZES = (
+    "d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads",
+    "encoder_ffn_dim", "decoder_ffn_dim", "vocab_size",
+)  # fmt: skip
 _OURS = re.compile(
     r"(?:(?P<side>encoder|decoder)\.)?(?:(?:layers|stem)\.(?P<index>\d+)\.)?(?P<part>[a-z_.]+?)(?:\.(?P<end>weight|bias))?"
 )
 _SEVERAL = re.compile(r"\[(.+?)\]")
+
+
+def check_bart_sizes(fields: Mapping[str, Any], family: str, *more: str) -> None:
+    """Check what models made after BART have in common, and ``activation_function``.
+
+    Args:
+        fields: of ``config.json``.
+        family: for the error message.
+        more: fields of positive integers that this family has as well.
+
+    Raises:
+        ModelError: naming the field that is missing or asks for something unsupported.
+    """
+    require_fields(fields, family, *_BART_SIZES, *more, "activation_function")
+    require_sizes(fields, *_BART_SIZES, *more)
+    for part in ("attention_heads", "ffn_dim"):
+        encoder, decoder = f"encoder_{part}", f"decoder_{part}"
+        if fields[encoder] != fields[decoder]:
+            raise unsupported(decoder, fields[decoder], f"{encoder} {fields[encoder]}")
+    if fields["d_model"] % fields["encoder_attention_heads"]:
+        heads = fields["encoder_attention_heads"]
+        raise unsupported("encoder_attention_heads", heads, f"a divisor of d_model {fields['d_model']}")
 
 
 def renamed(

@@ -15,15 +15,20 @@ from typing import Any
 import numpy as np
 
 from attntune.models.bert import ACTIVATIONS
-from attntune.models.config import choose, read_object, require_fields, unsupported
+from attntune.models.config import choose, read_object, require_fixed
 from attntune.models.encoder_decoder import EncoderDecoderConfig, build, sinusoids, usual_shapes
-from attntune.models.huggingface import BART_NAMES, generation, joined, renamed
+from attntune.models.huggingface import BART_NAMES, check_bart_sizes, generation, joined, renamed
 from attntune.models.model import Model
 from attntune.models.sentencepiece import marian_tokenizer
 from attntune.models.tensors import Checkpoint
 
 FAMILY = "marian"
 _ACTIVATIONS = {**ACTIVATIONS, "swish": "silu"}
+#: All but the first are what Marian can train and Hugging Face's model does not compute.
+_FIXED = {
+    "is_encoder_decoder": True, "static_position_embeddings": True, "normalize_before": False,
+    "normalize_embedding": False, "add_final_layer_norm": False,
+}  # fmt: skip
 _SHARED, _SOURCE, _TARGET, _HEAD = (
     "model.shared.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight",
 )  # fmt: skip
@@ -61,26 +66,9 @@ def config_from_json(fields: Mapping[str, Any]) -> EncoderDecoderConfig:
     Raises:
         ModelError: naming the field that is missing or asks for something unsupported.
     """
-    require_fields(
-        fields, FAMILY,
-        "d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads",
-        "encoder_ffn_dim", "decoder_ffn_dim", "vocab_size", "max_position_embeddings", "activation_function",
-    )  # fmt: skip
-    for part in ("attention_heads", "ffn_dim"):
-        if fields[f"encoder_{part}"] != fields[f"decoder_{part}"]:
-            raise unsupported(
-                f"decoder_{part}", fields[f"decoder_{part}"], f"encoder_{part} {fields[f'encoder_{part}']}"
-            )
-    # Of these, all but the first are what Marian can train and Hugging Face's model does not compute.
-    for field, expected in (
-        ("is_encoder_decoder", True), ("static_position_embeddings", True), ("normalize_before", False),
-        ("normalize_embedding", False), ("add_final_layer_norm", False),
-    ):  # fmt: skip
-        if fields.get(field, expected) is not expected:
-            raise unsupported(field, fields[field], expected)
+    check_bart_sizes(fields, FAMILY, "max_position_embeddings")
+    require_fixed(fields, _FIXED)
     hidden, heads = fields["d_model"], fields["encoder_attention_heads"]
-    if hidden % heads:
-        raise unsupported("encoder_attention_heads", heads, f"a divisor of d_model {hidden}")
     shared = _shared(fields)
     return EncoderDecoderConfig(
         vocab_size=fields["vocab_size"] if shared else fields.get("decoder_vocab_size") or fields["vocab_size"],

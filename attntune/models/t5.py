@@ -15,7 +15,7 @@ import numpy as np
 
 from attntune.errors import ModelError
 from attntune.models.bert import ACTIVATIONS
-from attntune.models.config import read_object, require_fields, unsupported
+from attntune.models.config import read_object, require_fields, require_fixed, require_sizes, unsupported
 from attntune.models.encoder_decoder import EncoderDecoderConfig, build, usual_shapes
 from attntune.models.huggingface import generation, joined, renamed
 from attntune.models.model import Model
@@ -64,8 +64,8 @@ def config_from_json(fields: Mapping[str, Any]) -> EncoderDecoderConfig:
     """
     fields = {**_DEFAULTS, **fields}
     require_fields(fields, fields["model_type"], "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size")
-    if fields.get("is_encoder_decoder", True) is not True:
-        raise unsupported("is_encoder_decoder", fields["is_encoder_decoder"], True)
+    require_sizes(fields, "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size", "n_positions")
+    require_fixed(fields, {"is_encoder_decoder": True})
     projection = str(fields["feed_forward_proj"])
     activation = projection.removeprefix(_GATED)
     # The one name that does not mean what it says.

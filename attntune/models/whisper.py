@@ -14,18 +14,10 @@ import numpy as np
 from attntune.errors import ModelError
 from attntune.models.audio import HOP, SAMPLE_RATE, SECONDS, WINDOW
 from attntune.models.bert import ACTIVATIONS
-from attntune.models.config import (
-    choose,
-    integers,
-    read_object,
-    require_fields,
-    require_fixed,
-    require_sizes,
-    unsupported,
-)
+from attntune.models.config import choose, integers, read_object, require_fixed, unsupported
 from attntune.models.ctranslate2 import read_ctranslate2
 from attntune.models.encoder_decoder import EncoderDecoderConfig, build
-from attntune.models.huggingface import BART_NAMES, joined, renamed
+from attntune.models.huggingface import BART_NAMES, check_bart_sizes, joined, renamed
 from attntune.models.model import Generation, Model
 from attntune.models.tensors import Checkpoint
 
@@ -102,27 +94,9 @@ def config_from_json(fields: Mapping[str, Any]) -> EncoderDecoderConfig:
     Raises:
         ModelError: naming the field that is missing or asks for something unsupported.
     """
-    require_fields(
-        fields, FAMILY,
-        "d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads",
-        "encoder_ffn_dim", "decoder_ffn_dim", "vocab_size", "num_mel_bins", "max_source_positions",
-        "max_target_positions", "activation_function",
-    )  # fmt: skip
-    require_sizes(
-        fields, "d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads",
-        "encoder_ffn_dim", "decoder_ffn_dim", "vocab_size", "num_mel_bins", "max_source_positions",
-        "max_target_positions",
-    )  # fmt: skip
-    for encoder, decoder in (
-        ("encoder_attention_heads", "decoder_attention_heads"),
-        ("encoder_ffn_dim", "decoder_ffn_dim"),
-    ):
-        if fields[encoder] != fields[decoder]:
-            raise unsupported(decoder, fields[decoder], f"{encoder} {fields[encoder]}")
+    check_bart_sizes(fields, FAMILY, "num_mel_bins", "max_source_positions", "max_target_positions")
     require_fixed(fields, {"scale_embedding": False, "tie_word_embeddings": True})
     hidden, heads = fields["d_model"], fields["encoder_attention_heads"]
-    if hidden % heads:
-        raise unsupported("encoder_attention_heads", heads, f"a divisor of d_model {hidden}")
     if fields["max_source_positions"] * _FRAMES * HOP != SECONDS * SAMPLE_RATE:
         raise unsupported(
             "max_source_positions", fields["max_source_positions"], SECONDS * SAMPLE_RATE // HOP // _FRAMES

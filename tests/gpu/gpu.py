@@ -39,8 +39,8 @@ def _has_nvcc():
 needs_nvcc = pytest.mark.skipif(not _has_nvcc(), reason="nvcc, the CUDA compiler, is not installed")
 
 
-def compiled(monkeypatch, template, workload, target, config):
-    """Resources of the one kernel of a template, and its cubin; building fails where it spills or exceeds a limit."""
+def binaries_kept(monkeypatch):
+    """A list to which every binary is added that is compiled from now on."""
     binaries = []
     compile_source = cuda_lowering.compile_source
 
@@ -50,6 +50,12 @@ def compiled(monkeypatch, template, workload, target, config):
         return result
 
     monkeypatch.setattr(cuda_lowering, "compile_source", kept)
+    return binaries
+
+
+def compiled(monkeypatch, template, workload, target, config):
+    """Resources of the one kernel of a template, and its cubin; building fails where it spills or exceeds a limit."""
+    binaries = binaries_kept(monkeypatch)
     assert template.space(workload, target).check(config) == config
     _, resources = build_with_resources(template.schedule(workload, target, config), target)
     (kernel,), (binary,) = resources.values(), binaries

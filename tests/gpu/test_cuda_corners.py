@@ -8,11 +8,11 @@ import subprocess
 
 import pytest
 from corners import ATTENTIONS, CORNERS, DECODING, FEW_ROWS, HOPPER_ATTENTIONS, HOPPER_LINEARS, LINEARS
-from gpu import disassembler, needs_nvcc
+from gpu import binaries_kept, disassembler, needs_nvcc
 
 from attntune.ops import Attention, Linear
 from attntune.target import PRESETS
-from attntune.templates import GENERIC, REGISTRY, cuda_lowering, template_for
+from attntune.templates import GENERIC, REGISTRY, template_for
 from attntune.templates.lowering import build_with_resources
 
 #: By template: instructions that its main kernel is to have, by the disassembler's names; {BF16}: where that is dtype.
@@ -67,15 +67,7 @@ def compiled_together(monkeypatch, target, workloads):
     """Resources by kernel, the cubin, and (name of its first kernel, template, workload, config) of each workload."""
     import tvm
 
-    binaries, rows, functions = [], [], {}
-    compile_source = cuda_lowering.compile_source
-
-    def kept(*arguments, **options):
-        found = compile_source(*arguments, **options)
-        binaries.append(found.binary)
-        return found
-
-    monkeypatch.setattr(cuda_lowering, "compile_source", kept)
+    binaries, rows, functions = binaries_kept(monkeypatch), [], {}
     for i, workload in enumerate(workloads):
         template = template_for(workload, target)
         config = corner_config(template, workload, target)
