@@ -93,6 +93,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--default", action="store_true", help="without the schedules that ship")
     parser.add_argument("--seconds", type=float, default=90.0, help="for each tuning run (90)")
     parser.add_argument("--seeds", default="0,1", help="of tuning runs (%(default)s)")
+    parser.add_argument(
+        "--long-seconds", type=float, default=0.0, help="one tuning run more, of so long: what short ones miss (none)"
+    )
     parser.add_argument("--results", type=Path, default=Path("results"), help="where raw samples and tables go")
     parser.add_argument("--table", action="store_true", help="run nothing; write the tables from raw samples")
     options = parser.parse_args()
@@ -193,7 +196,7 @@ def run_tuning(folder: Path, target: Target, options: argparse.Namespace) -> Non
     shapes = [shape for shape in TUNING_SHAPES if all(word == f"{shape[0]}×{shape[1]}" for word in words)]
     document = tuning(
         folder, target, seconds=options.seconds, seeds=[int(seed) for seed in options.seeds.split(",")], shapes=shapes,
-        rounds=options.rounds, say=say,
+        rounds=options.rounds, long_seconds=options.long_seconds, say=say,
     )  # fmt: skip
     (folder / "tuning.json").write_text(json.dumps(document, separators=(",", ":"), default=str) + "\n")
 

@@ -22,6 +22,8 @@ from attntune.tuner import tune
 Say = Callable[[str], None]
 
 _TURN_SECS = 0.25
+#: Less than this is no time for one search more.
+_SHORT_SECS = 30.0
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,16 @@ def tuning(
     seeds: Sequence[int],
     shapes: Sequence[tuple[int, int]] = TUNING_SHAPES,
     rounds: int,
+    long_seconds: float = 0.0,
     say: Say,
 ) -> dict[str, Any]:
     """Tune the MiniLM encoder from nothing with each seed; then the default and each result end to end, in turns.
 
-    Journals go to ``folder``; those that are there are removed first.
+    Journals go to ``folder``; those that are there are removed first. With ``long_seconds`` there is one run more, of
+    so long: a search that ends before goes on with the next seed from what it knows. It shows what short ones miss.
 
     Returns:
-        A document, JSON-ready: ``runs`` (seed, seconds, trials, default over tuned of each kernel) and ``end_to_end``
+        A document, JSON-ready: ``runs`` (name, seconds, trials, default over tuned of each kernel) and ``end_to_end``
         (by shape and name the seconds of every sample, one list per round).
 
     Raises:
@@ -107,24 +111,33 @@ def tuning(
     dims = [{"batch": batch, "seq": seq} for batch, seq in shapes]
     state = machine_state(target)
     folder.mkdir(parents=True, exist_ok=True)
-    runs = []
-    databases = {"default": Database(shipped=False)}
-    for seed in seeds:
-        journal = folder / f"seed-{seed}.jsonl"
+    forward = model.workloads(dims, "forward")
+
+    def run(name: str, journal: Path, seconds: float, seed: int, *, all_seconds: bool = False) -> dict[str, Any]:
         journal.unlink(missing_ok=True)
-        say(f"tuning with seed {seed} for at most {seconds:g} s")
-        start = time.monotonic()
-        forward = model.workloads(dims, "forward")
-        summary = tune(forward, target=target, seconds=seconds, database=journal, seed=seed)
+        start, trials = time.monotonic(), 0
+        while True:
+            left = seconds - (time.monotonic() - start)
+            say(f"tuning, {name}: seed {seed} for at most {left:.0f} s")
+            summary = tune(forward, target=target, seconds=left, database=journal, seed=seed)
+            trials, seed = trials + summary.trials, seed + 1
+            spent = time.monotonic() - start
+            if not all_seconds or not summary.trials or summary.interrupted or spent >= seconds - _SHORT_SECS:
+                break
         # The journal lies beside the document, wherever the folder is then.
         told = {**summary.to_json(), "database": journal.name}
         del told["resume"]
-        runs.append({
-            "seed": seed, "secs": time.monotonic() - start, "trials": summary.trials,
-            "workloads": len(summary.results), "stopped_by": summary.stopped_by,
+        databases[name] = Database(journal, shipped=False)
+        return {
+            "name": name, "secs": spent, "trials": trials, "workloads": len(summary.results),
+            "stopped_by": summary.stopped_by,
             "default_over_tuned": [r.speedup for r in summary.results if r.speedup], "summary": told,
-        })  # fmt: skip
-        databases[f"seed {seed}"] = Database(journal, shipped=False)
+        }  # fmt: skip
+
+    databases = {"default": Database(shipped=False)}
+    runs = [run(f"seed {seed}", folder / f"seed-{seed}.jsonl", seconds, seed) for seed in seeds]
+    if long_seconds:
+        runs.append(run(f"{long_seconds:.0f} s", folder / "long.jsonl", long_seconds, max(seeds) + 1, all_seconds=True))
     contenders = {}
     for name, database in databases.items():
         say(f"compiling {name}")
@@ -133,6 +146,6 @@ def tuning(
     return {
         "model": model.name, "threads": target.cores, "shapes": [f"{b}×{s}" for b, s in shapes], "runs": runs,
         "end_to_end": interleaved(contenders, dims, rounds=rounds, turn_secs=_TURN_SECS, say=say), "machine": state,
-        "settings": {"seconds": seconds, "rounds": rounds, "turn_secs": _TURN_SECS},
+        "settings": {"seconds": seconds, "long_seconds": long_seconds, "rounds": rounds, "turn_secs": _TURN_SECS},
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip

@@ -165,7 +165,7 @@ def encoder_section(found: Mapping[str, Comparison]) -> str:
 
 
 def tuning_section(document: Mapping[str, Any], raw: str) -> str:
-    """How long tuning took with each seed, what it gained over the defaults, and whether seeds agree end to end."""
+    """How long each search took, what it gained over the defaults, and whether the results agree end to end."""
     lines = [
         f"## tuning: {document['model']}, {document['threads']} threads, {document['time'][:10]}",
         "",
@@ -176,12 +176,12 @@ def tuning_section(document: Mapping[str, Any], raw: str) -> str:
     ]
     rows = [
         [
-            str(run["seed"]), f"{run['secs']:.0f} s", str(run["trials"]), str(run["workloads"]),
+            run.get("name") or f"seed {run['seed']}", f"{run['secs']:.0f} s", str(run["trials"]), str(run["workloads"]),
             f"{geometric_mean(run['default_over_tuned']):.3f}×",
         ]
         for run in document["runs"]
     ]  # fmt: skip
-    lines += table(["seed", "took", "trials", "kernels", "default ÷ tuned (geometric mean)"], rows)
+    lines += table(["search", "took", "trials", "kernels", "default ÷ tuned (geometric mean)"], rows)
     names = list(document["end_to_end"][0]["rounds"]) if document["end_to_end"] else []
     rows = []
     for row in document["end_to_end"]:
