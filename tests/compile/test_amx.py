@@ -26,8 +26,22 @@ def test_products_are_of_tiles(workload):
     text = assembly(workload)
     # The registers are asked for and described before they are used, and given back after.
     assert text.index("syscall") < text.index("ldtilecfg") < text.index("tdpbf16ps") < text.rindex("tilerelease")
-    # Attention adds its weights up by products of pairs.
-    assert isinstance(workload, Attention) or "vdpbf16ps" not in text
+    assert "vdpbf16ps" not in text
+
+
+@pytest.mark.parametrize("turn_values", [False, True])
+def test_attention_multiplies_and_adds_by_tiles_whatever_is_transposed(turn_values):
+    text = assembly(Attention(1, 1, 32, 64, 64, dtype="bfloat16"), turn_values=turn_values)
+    # Steps of scores, four vectors of the results, and the sum of the weights.
+    assert text.count("tdpbf16ps") >= 2 + 4 + 1
+    assert "vdpbf16ps" not in text
+
+
+def test_weights_ahead_are_asked_for():
+    layer = Linear(64, 64, 64, dtype="bfloat16")
+    knobs = {knob.name: knob.values for knob in template_for(layer, TARGET).space(layer, TARGET).knobs}
+    assert "prefetcht1" in assembly(layer, prefetch=max(knobs["prefetch"]))
+    assert "prefetcht1" not in assembly(layer, prefetch=0)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +75,21 @@ def test_blocks_that_have_no_registers_are_refused():
         names |= {tiles.left(i) for i in range(len(tiles.heights))}
         assert {tiles.right(v) for v in range(tiles.panels)}.isdisjoint(names)
         assert max(tiles.right(v) for v in range(tiles.panels)) < 8
+
+
+@pytest.mark.parametrize("tiles", [amx.Tiles(16, 4, "rows"), amx.Tiles(16, 4, "panels"), amx.Tiles(64, 1, "panels")])
+def test_sums_ones_and_what_is_multiplied_have_registers_of_their_own(tiles):
+    sums = [tiles.sums(i, v) for i in range(len(tiles.heights)) for v in range(tiles.panels)]
+    left = {tiles.left(i) for i in range(len(tiles.heights))}
+    right = {tiles.right(v) for v in range(tiles.panels)}
+    assert sorted([*sums, *left, *right, tiles.ones, tiles.total]) == list(range(8))
+    shapes = tiles.shapes()
+    assert len(shapes) == 64
+    row_bytes, rows = shapes[16:32:2], shapes[48:56]
+    small = (1, 64) if tiles.totals == "panels" else (16, 4)
+    for register in range(8):
+        expected = small if register in (tiles.ones, tiles.total) else (16, 64)
+        assert (rows[register], row_bytes[register]) == expected
 
 
 @pytest.mark.parametrize("granted", [True, False])

@@ -5,6 +5,7 @@ Attention: every variant and odd length, to the error that its template states.
 
 import numpy as np
 import pytest
+from scipy.special import erfc, expit
 
 from attntune.measure.buffers import GuardedArray, as_tensor, numpy_dtype
 from attntune.ops import Attention, Linear
@@ -13,6 +14,7 @@ from attntune.templates import template_for
 from attntune.templates.cpu import amx, bf16
 from attntune.templates.cpu.attention_bf16 import AttentionBf16CPU
 from attntune.templates.cpu.attention_decode import AttentionDecodeCPU
+from attntune.templates.cpu.vectors import Vectors
 from attntune.templates.lowering import build
 
 TARGET = native().with_cores(2)
@@ -42,6 +44,7 @@ WAYS = {
     "pairs": {},
     "widened": {"widen": True},
     "tiles": {"amx": True},
+    "tiles, values turned": {"amx": True, "turn_values": True},
 }
 
 
@@ -49,7 +52,7 @@ def chosen(template, workload, way):
     """The config most like the default that multiplies this way; skips where there is none."""
     if "amx" in WAYS[way] and not amx.available(native()):
         pytest.skip("this CPU lacks AMX")
-    wanted = {"widen": False, "amx": False, **WAYS[way]}
+    wanted = {"widen": False, "amx": False, "turn_values": False, **WAYS[way]}
     default = template.default(workload, TARGET)
     space = [
         config
@@ -118,7 +121,7 @@ def test_linear_layers_either_way(workload, way):
     workload = workload.replace(dtype="bfloat16")
     template = template_for(workload, TARGET)
     config = chosen(template, workload, way)
-    for prefetch in (0, 16) if way == "widened" else (0,):
+    for prefetch in (0, 16) if way in ("widened", "tiles") else (0,):
         found, expected = run(workload, template, config.replace(prefetch=prefetch) if "prefetch" in config else config)
         rtol, atol = workload.tolerance()
         np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol)
@@ -134,6 +137,42 @@ def test_every_block_of_tiles(rows, vectors):
     found, expected = run(workload, template, config)
     rtol, atol = workload.tolerance()
     np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("name", bf16.ACTIVATIONS)
+def test_activations_are_as_accurate_as_stated(name):
+    x = np.concatenate([np.linspace(-30, 30, 1 << 15), np.geomspace(1e-30, 1e30, 1 << 10)]).astype(np.float32)
+    x = np.concatenate([x, -x[-(1 << 9) :], np.float32([0.0, np.inf, np.nan])])
+    x = np.concatenate([x, np.zeros(-len(x) % 16, np.float32)])
+    y = activation_of(name, x)
+    with np.errstate(over="ignore", invalid="ignore"):
+        wide = x.astype(np.float64)
+        share = {
+            "gelu": 0.5 * erfc(-wide * np.sqrt(0.5)),
+            "gelu_tanh": expit(np.sqrt(8.0 / np.pi) * (wide + 0.044715 * wide**3)),
+            "silu": expit(wide),
+        }[name]
+        expected = wide * share
+    np.testing.assert_allclose(y, expected, rtol=3e-4, atol=1e-6)
+
+
+def activation_of(name, x):
+    """``bf16.activation`` of float32 ``x``, whose length is a multiple of 16."""
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.tirx.script.builder import ir as T
+
+    import tvm
+
+    v = Vectors(bf16.LANES)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("main")
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        source, result = (T.arg(name, T.buffer(x.shape, "float32")) for name in ("x", "y"))
+        with T.sblock("root"), T.serial(len(x) // bf16.LANES, annotations=dict(bf16.IMPORT)) as i:
+            v.store(result, [i * bf16.LANES], bf16.activation(name, v.load(source, [i * bf16.LANES])))
+    operands = GuardedArray.holding(x), GuardedArray(x.shape, x.dtype)
+    build(tvm.IRModule({"main": builder.get()}), TARGET)["main"](*(as_tensor(operand.array) for operand in operands))
+    return operands[1].array
 
 
 def test_an_odd_head_is_refused():

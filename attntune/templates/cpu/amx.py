@@ -99,10 +99,17 @@ def fits(rows: int, panels: int) -> bool:
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a block of ``rows`` × ``panels`` lies in the registers: sums, then x, then the panels in turns."""
+    """How a block of ``rows`` × ``panels`` lies in the registers: sums, then x, then the panels in turns.
+
+    Tiles of x take turns instead where they are too many; then all must be whole.
+
+    With ``totals`` the last two are a tile of ones and what it adds up: of ``panels``, one row of ones to the left of
+    them and one row of sums; of ``rows``, one column of ones to the right of x and one column of sums.
+    """
 
     rows: int
     panels: int
+    totals: str = ""
 
     @property
     def heights(self) -> list[int]:
@@ -114,20 +121,40 @@ class Tiles:
         """The register of the sums of the ``i``-th tile of x with panel ``v``."""
         return i * self.panels + v
 
+    @property
+    def _lefts(self) -> int:
+        """Registers of tiles of x: one for each, or, where that leaves none for panels, what those leave."""
+        free = self._free
+        return len(self.heights) if len(self.heights) < free else free - self.panels
+
+    @property
+    def _free(self) -> int:
+        """Registers of what is multiplied."""
+        return _REGISTERS - 2 * bool(self.totals) - len(self.heights) * self.panels
+
     def left(self, i: int) -> int:
         """The register of the ``i``-th tile of x."""
-        return len(self.heights) * self.panels + i
+        return len(self.heights) * self.panels + i % self._lefts
 
     def right(self, v: int) -> int:
         """The register of panel ``v``'s tile."""
-        first = len(self.heights) * (self.panels + 1)
-        return first + v % (_REGISTERS - first)
+        return len(self.heights) * self.panels + self._lefts + v % (self._free - self._lefts)
+
+    @property
+    def ones(self) -> int:
+        """The register of the ones of ``totals``."""
+        return _REGISTERS - 1
+
+    @property
+    def total(self) -> int:
+        """The register of the sums of ``totals``."""
+        return _REGISTERS - 2
 
     # -- instructions, in a kernel being written -----------------------------------------------------------------------
 
     def begin(self) -> None:
         """Tell the processor the tiles' shapes; what they held is lost."""
-        _call(f"begin_{self.rows}x{self.panels}")
+        _call(f"begin_{self.name}")
 
     def zero(self) -> None:
         """All sums 0."""
@@ -147,14 +174,44 @@ class Tiles:
         """Add the product of the ``i``-th tile of x and panel ``v``'s tile to their sums."""
         _call(f"dot_{self.sums(i, v)}_{self.left(i)}_{self.right(v)}")
 
-    def _shapes(self) -> list[int]:
+    def add_up(self, at: int) -> None:
+        """Add what is in register ``at``, a panel's tile or one of x as ``totals`` says, to their sums."""
+        left, right = (self.ones, at) if self.totals == "panels" else (at, self.ones)
+        _call(f"dot_{self.total}_{left}_{right}")
+
+    # -- what kernels import -------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """Of these shapes, distinct."""
+        return f"{self.rows}x{self.panels}{self.totals}"
+
+    @property
+    def products(self) -> set[tuple[int, int, int]]:
+        """Registers that are multiplied: sums, left, right."""
+        each = {
+            (self.sums(i, v), self.left(i), self.right(v)) for i in range(len(self.heights)) for v in range(self.panels)
+        }
+        if self.totals == "panels":
+            return each | {(self.total, self.ones, self.right(v)) for v in range(self.panels)}
+        if self.totals == "rows":
+            return each | {(self.total, self.left(i), self.ones) for i in range(len(self.heights))}
+        return each
+
+    def shapes(self) -> list[int]:
         """The bytes that describe all registers: palette, then bytes of a row (16 bits each), then rows."""
         rows = [ROWS] * _REGISTERS
         for i, height in enumerate(self.heights):
             rows[self.left(i)] = height
             for v in range(self.panels):
                 rows[self.sums(i, v)] = height
-        widths = [_ROW_BYTES, 0] * _REGISTERS
+        row_bytes = [_ROW_BYTES] * _REGISTERS
+        for register in (self.ones, self.total):
+            if self.totals == "panels":
+                rows[register] = 1
+            elif self.totals == "rows":
+                row_bytes[register] = 4
+        widths = [byte for wide in row_bytes for byte in (wide, 0)]
         return [1, *[0] * 15, *widths, *[0] * 16, *rows, *[0] * 8]
 
 
@@ -166,14 +223,12 @@ def end() -> None:
 def llvm_ir(blocks: Iterable[Tiles]) -> str:
     """What kernels with these blocks of tiles import."""
     code = [_LLVM_IR]
-    moved, multiplied = set(), set()
-    for tiles in sorted(set(blocks), key=lambda tiles: (tiles.rows, tiles.panels)):
-        shapes = ", ".join(f"i8 {byte}" for byte in tiles._shapes())
-        code.append(_BEGIN.replace("NAME", f"{tiles.rows}x{tiles.panels}").replace("SHAPES", shapes))
-        for i in range(len(tiles.heights)):
-            for v in range(tiles.panels):
-                moved |= {tiles.sums(i, v), tiles.left(i), tiles.right(v)}
-                multiplied.add((tiles.sums(i, v), tiles.left(i), tiles.right(v)))
+    distinct = sorted(set(blocks), key=lambda tiles: tiles.name)
+    for tiles in distinct:
+        shapes = ", ".join(f"i8 {byte}" for byte in tiles.shapes())
+        code.append(_BEGIN.replace("NAME", tiles.name).replace("SHAPES", shapes))
+    multiplied = set().union(*(tiles.products for tiles in distinct))
+    moved = {register for registers in multiplied for register in registers}
     for register in sorted(moved):
         code.append(_ZERO.replace("_T(", f"_{register}(").replace("i8 T", f"i8 {register}"))
         for how, instruction in (("load", "tileloadd64"), ("store", "tilestored64")):

@@ -36,8 +36,9 @@ from attntune.search.space import Config, ConfigSpace, Knob
 from attntune.target import Target
 from attntune.templates.cpu import attention_amx_kernel, bf16
 from attntune.templates.cpu.attention import AttentionCPU, _attention
-from attntune.templates.cpu.attention_amx_kernel import AttentionAmxKernel
+from attntune.templates.cpu.attention_amx_kernel import TurnedValuesKernel, TurnedWeightsKernel
 from attntune.templates.cpu.attention_bf16_kernel import AttentionBf16Kernel, AttentionWidenedKernel
+from attntune.templates.cpu.attention_kernel import AttentionKernel
 
 
 class AttentionBf16CPU(AttentionCPU):
@@ -53,7 +54,7 @@ class AttentionBf16CPU(AttentionCPU):
         space = super().space(workload, target)
         knobs = [*(knob for knob in space.knobs if knob.name != "copy_values"), Knob("widen", (False, True))]
         if attention_amx_kernel.supports(_attention(workload), target):
-            knobs.append(Knob("amx", (False, True)))
+            knobs += [Knob("amx", (False, True)), Knob("turn_values", (False, True))]
         return ConfigSpace(knobs, [*space.constraints, _fits_tiles])
 
     def default(self, workload: Workload, target: Target) -> Config:
@@ -73,6 +74,7 @@ class AttentionBf16CPU(AttentionCPU):
         }  # fmt: skip
         if tiled:
             wanted |= {"query_vectors": 4, "query_tiles": min(2, max(1, query_vectors // 4)), "amx": 1}
+            wanted["turn_values"] = w.kv_len >= 256 and query_vectors >= 8
 
         def distance(config: Config) -> tuple[float, str]:
             apart = (abs(math.log2((int(config[name]) + 1) / (value + 1))) for name, value in wanted.items())
@@ -85,18 +87,19 @@ class AttentionBf16CPU(AttentionCPU):
         """See the module's description."""
         import tvm
 
-        kernel = AttentionWidenedKernel if config.get("widen", False) else AttentionBf16Kernel
+        kernel: type[AttentionKernel] = AttentionWidenedKernel if config.get("widen", False) else AttentionBf16Kernel
         if config.get("amx", False):
-            kernel = AttentionAmxKernel
+            kernel = TurnedValuesKernel if config["turn_values"] else TurnedWeightsKernel
         return tvm.IRModule({"main": kernel(_attention(workload), target, config).function()})
 
     def features(self, workload: Workload, target: Target, config: Config) -> dict[str, float]:
         """The float32 template's, and how operands are multiplied."""
-        how = {name: float(config.get(name, False)) for name in ("widen", "amx")}
+        how = {name: float(config.get(name, False)) for name in ("widen", "amx", "turn_values")}
         return {**super().features(workload, target, config), **how}
 
 
 def _fits_tiles(config: Config) -> bool:
     """AMX's tiles have the size they have: knobs that say otherwise keep one value each."""
-    fixed = not config["widen"] and config["key_tile"] == 2 and config["out_rows"] == 1
-    return fixed or not config.get("amx", False)
+    if not config.get("amx", False):
+        return not config.get("turn_values", False)
+    return not config["widen"] and config["key_tile"] == 2 and config["out_rows"] == 1

@@ -12,7 +12,7 @@ from attntune.templates.cpu.attention_blocks import LOG2_E
 from attntune.templates.cpu.attention_kernel import AttentionKernel
 
 #: A pair of ones.
-_ONES = 0x3F803F80
+ONES = 0x3F803F80
 
 
 class _RoundedResults(AttentionKernel):
@@ -70,6 +70,9 @@ class AttentionBf16Kernel(_RoundedResults):
     A pair of keys begins at an even distance from the block's first key. Ranges of keys round outwards to pairs: what
     a range has too much is masked, or has a value of zero.
     """
+
+    adds_weights = True
+    """Whether the softmax adds up its weights, rather than whoever multiplies them."""
 
     def __init__(self, w: Attention, target: Target, config: Config) -> None:
         super().__init__(w, target, config)
@@ -135,7 +138,11 @@ class AttentionBf16Kernel(_RoundedResults):
                 self._pair_values(keys // 2, start + (keys - 1), paired=False)
         elif keys % 2:
             self._pair_values(keys // 2, start + (keys - 1), paired=False)
+        self._arrange_values(keys)
         super()._key_block(start, keys, first)
+
+    def _arrange_values(self, keys: Any) -> None:
+        """What else is made of the pairs of a block's values."""
 
     def _pair_values(self, n: Any, row: Any, paired: bool) -> None:
         """Value rows ``row`` and, if ``paired``, the next, element by element; else zeros for the second."""
@@ -211,7 +218,8 @@ class AttentionBf16Kernel(_RoundedResults):
 
         v, lanes = self.v, self.lanes
         scale = v.splat(self.factor if self.scaled_late else 1.0)
-        added = T.sblock_alloc_buffer((vectors, lanes), "float32", scope="local")
+        if self.adds_weights:
+            added = T.sblock_alloc_buffer((vectors, lanes), "float32", scope="local")
         if not isinstance(self.keys, int):
             with T.If(self.keys % 2 == 1), T.Then():
                 for k in range(vectors):
@@ -228,7 +236,8 @@ class AttentionBf16Kernel(_RoundedResults):
                     shrink = tmath.exp2_nonpositive((self.top[at + lane] - best[k, lane]) * factor)
                     T.buffer_store(self.alpha, shrink, [at + lane])
             v.store(self.top, [at], v.load(best, [k, 0]))
-            v.store(added, [k, 0], v.splat(0.0))
+            if self.adds_weights:
+                v.store(added, [k, 0], v.splat(0.0))
             tops.append(T.bind(v.load(best, [k, 0]) * scale))
         low, high = low // 2, (high + 1) // 2
         with T.serial(high - low) as n:
@@ -238,14 +247,16 @@ class AttentionBf16Kernel(_RoundedResults):
                 powers = [bf16.exp2(v.load(self.p, self._s(g + k, j * 2 + i)) * scale - tops[k]) for i in range(2)]
                 pair = T.bind(bf16.round_to_pairs(*powers))
                 v.store(self.p, self._s(g + k, j), tirx.reinterpret("float32x16", pair))
-                ones = v.broadcast(tirx.const(_ONES, "int32"))
-                v.store(added, [k, 0], bf16.dot(v.load(added, [k, 0]), pair, ones))
+                if self.adds_weights:
+                    ones = v.broadcast(tirx.const(ONES, "int32"))
+                    v.store(added, [k, 0], bf16.dot(v.load(added, [k, 0]), pair, ones))
         for k in range(vectors):
             at = (g + k) * lanes
-            total = v.load(added, [k, 0])
+            total = v.load(added, [k, 0]) if self.adds_weights else v.splat(0.0)
             if not first:
                 total = total + v.load(self.total, [at]) * v.load(self.alpha, [at])
-            v.store(self.total, [at], total)
+            if self.adds_weights or not first:
+                v.store(self.total, [at], total)
 
     def _out_tile(self, low: Any, high: Any, t: Any, dims: range, first: bool) -> None:
         from tvm import tirx

@@ -68,6 +68,8 @@ class AttentionBlocks:
         #: From one query vector to the next, in elements; an odd number of vectors, so not a multiple of 4 KiB.
         self.qt_stride = (w.head_dim + 1) * self.lanes
         self.p_stride = _odd(self.key_block + self.tallest) * self.lanes
+        #: Query vectors whose scores are kept at a time.
+        self.p_vectors = self.block_vectors
         #: Scores that are more than a sum of the product, a term for each key and one for each pair.
         self.general = bool(w.softcap or w.score_mod)
         self.key_terms = not self.general and (w.mask or w.alibi or bool(w.bias_heads and w.bias_q == 1))

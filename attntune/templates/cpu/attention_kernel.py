@@ -19,11 +19,11 @@ class AttentionKernel(AttentionScores):
         from tvm.tirx.script.builder import ir as T
 
         w, v, lanes = self.w, self.v, self.lanes
-        size, padded = self.block_vectors * lanes, self.dim_vectors * lanes
+        size = self.block_vectors * lanes
         key_rows = self.key_block + self.tallest
         self.qt = T.sblock_alloc_buffer((self.block_vectors * self.qt_stride,), "float32")
-        self.p = T.sblock_alloc_buffer((self.block_vectors * self.p_stride,), "float32")
-        self.out = T.sblock_alloc_buffer((size + self.out_rows, padded), "float32")
+        self.p = T.sblock_alloc_buffer((self.p_vectors * self.p_stride,), "float32")
+        self.out = T.sblock_alloc_buffer(self._out_shape(), "float32")
         self.top = T.sblock_alloc_buffer((size,), "float32")
         self.total = T.sblock_alloc_buffer((size,), "float32")
         self.alpha = T.sblock_alloc_buffer((size + self.out_rows,), "float32")
@@ -40,9 +40,7 @@ class AttentionKernel(AttentionScores):
             keys = self._known(T.max(high - low, 0)) if w.causal else high
             self._key_block(low, keys, first=True)
         else:
-            with T.serial(self.count * lanes) as i:
-                for e in range(self.dim_vectors):
-                    v.store(self.out, [i, e * lanes], v.splat(0.0))
+            self._clear_out()
             with T.serial((T.max(high - low, 0) + (self.key_block - 1)) // self.key_block) as kb:
                 start = self._known(low + kb * self.key_block)
                 exact = isinstance(high, int) and high % self.key_block == 0
@@ -51,6 +49,17 @@ class AttentionKernel(AttentionScores):
         self._finish()
         if w.weights:
             self._finish_weights(tirx.const(1e-30, "float32"))
+
+    def _out_shape(self) -> tuple[int, ...]:
+        """Of the block's weighted sums of values."""
+        return (self.block_vectors * self.lanes + self.out_rows, self.dim_vectors * self.lanes)
+
+    def _clear_out(self) -> None:
+        from tvm.tirx.script.builder import ir as T
+
+        with T.serial(self.count * self.lanes) as i:
+            for e in range(self.dim_vectors):
+                self.v.store(self.out, [i, e * self.lanes], self.v.splat(0.0))
 
     def _transpose_queries(self) -> None:
         from tvm import tirx

@@ -124,7 +124,7 @@ class LinearCPU(ScheduleTemplate):
             vectors *= parts
             sums = rows * vectors * chains
             if config.get("amx", False):
-                plain = chains == 1 and not config["widen"] and not config.get("prefetch", 0)
+                plain = chains == 1 and not config["widen"]
                 block = config.integer("row_block")
                 whole = (rows % amx.ROWS == 0 or rows == w.rows) and block % rows == 0 and not (w.seq and block)
                 apart = vectors > parts or not config.get("apart", False)

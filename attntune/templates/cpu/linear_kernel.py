@@ -299,10 +299,13 @@ class LinearKernel:
         w, lanes = self.w, self.lanes
         with T.unroll(panels.count) as v:
             at = v * self.parts
-            if w.activation:
+            rounded = self.operand["y"].dtype == "uint16" and w.activation in bf16.ACTIVATIONS
+            if w.activation and not rounded:
                 with T.vectorized(lanes) as lane:
                     T.buffer_store(stage, getattr(tmath, w.activation)(stage[a, at, lane]), [a, at, lane])
             value = self.v.load(stage, [a, at, 0])
+            if rounded:
+                value = T.bind(bf16.activation(w.activation, value))
             if w.gated:
                 value = value * self.v.load(stage, [a, at + 1, 0])
             if not self.narrow:
