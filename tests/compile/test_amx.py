@@ -37,13 +37,6 @@ def test_attention_multiplies_and_adds_by_tiles_whatever_is_transposed(turn_valu
     assert "vdpbf16ps" not in text
 
 
-def test_weights_ahead_are_asked_for():
-    layer = Linear(64, 64, 64, dtype="bfloat16")
-    knobs = {knob.name: knob.values for knob in template_for(layer, TARGET).space(layer, TARGET).knobs}
-    assert "prefetcht1" in assembly(layer, prefetch=max(knobs["prefetch"]))
-    assert "prefetcht1" not in assembly(layer, prefetch=0)
-
-
 @pytest.mark.parametrize(
     "workload",
     [

@@ -20,8 +20,17 @@ the best config tried at each length, beside PyTorch's bfloat16 SDPA in a proces
     causal, best    191   300   302   323   367   361   362
 
 On Emerald Rapids, whose multiply-adds are four times as fast as its products of pairs, the float32 kernel on widened
-operands takes 1.23 to 1.38 times less (``widen``; 128 to 2048 keys, heads of 32 and 64). In tiles of AMX (``amx``) it
-takes another 1.2 to 4 times less: 107 against 235 µs at 64 keys, 38 against 185 ms at 2,048 (12 heads of 64, batch 1).
+operands takes 1.23 to 1.38 times less (``widen``; 128 to 2048 keys, heads of 32 and 64).
+
+In tiles of AMX (``amx``), on Emerald Rapids, 12 heads of 64, batch 1, untuned, medians (GFLOP/s without the softmax; the
+host lets tiles run at 1,100 on both cores together for most of the time, at 4,500 in bursts):
+
+    seq                                                     512   2048   512 causal   2048 causal
+    scores copied, weights transposed, kept for a block     526    502          571           597
+    + scores stored in place, results of a group at once,
+      weights added up by a tile of ones, values transposed
+      instead of weights                                    750    710          772           645
+    + blocks of 256 queries and 512 keys instead of 128     773    743          827           671
 
 Without its softmax a kernel at 512 is 10 % faster, without the exponential 5 %, without pairing values 5 %.
 """
@@ -39,6 +48,9 @@ from attntune.templates.cpu.attention import AttentionCPU, _attention
 from attntune.templates.cpu.attention_amx_kernel import TurnedValuesKernel, TurnedWeightsKernel
 from attntune.templates.cpu.attention_bf16_kernel import AttentionBf16Kernel, AttentionWidenedKernel
 from attntune.templates.cpu.attention_kernel import AttentionKernel
+
+#: From so many keys and vectors of queries on, transposing values takes less time than transposing weights.
+_TURNED_KEYS, _TURNED_VECTORS = 256, 8
 
 
 class AttentionBf16CPU(AttentionCPU):
@@ -73,8 +85,13 @@ class AttentionBf16CPU(AttentionCPU):
             "out_rows": 4, "heads_inner": 0, "widen": 0,
         }  # fmt: skip
         if tiled:
-            wanted |= {"query_vectors": 4, "query_tiles": min(2, max(1, query_vectors // 4)), "amx": 1}
-            wanted["turn_values"] = w.kv_len >= 256 and query_vectors >= 8
+            turned = w.kv_len >= _TURNED_KEYS and query_vectors >= _TURNED_VECTORS
+            # Turned values are shared by all queries of a block; every core has some blocks.
+            most = 4 if turned else 2
+            while most > 1 and w.batch * w.heads * math.ceil(query_vectors / (4 * most)) < 2 * target.cores:
+                most //= 2
+            wanted |= {"query_vectors": 4, "query_tiles": min(most, max(1, query_vectors // 4)), "amx": 1}
+            wanted |= {"key_block": min(w.kv_len, 512), "turn_values": turned}
 
         def distance(config: Config) -> tuple[float, str]:
             apart = (abs(math.log2((int(config[name]) + 1) / (value + 1))) for name, value in wanted.items())

@@ -77,6 +77,8 @@ _LATENCY = 8
 _FEW_ROWS = 16
 #: From so many rows on, tiles of AMX are multiplied faster than vectors.
 _AMX_ROWS = 5
+#: Up to so many in_features small blocks of AMX tiles are faster than large ones.
+_SHORT_FEATURES = 768
 #: Steps that a panel is asked for before it is multiplied.
 _AHEAD = 16
 #: Above so many rows a weight quantised by groups is unpacked once for all of them.
@@ -124,7 +126,7 @@ class LinearCPU(ScheduleTemplate):
             vectors *= parts
             sums = rows * vectors * chains
             if config.get("amx", False):
-                plain = chains == 1 and not config["widen"]
+                plain = chains == 1 and not config["widen"] and not config.get("prefetch", 0)
                 block = config.integer("row_block")
                 whole = (rows % amx.ROWS == 0 or rows == w.rows) and block % rows == 0 and not (w.seq and block)
                 apart = vectors > parts or not config.get("apart", False)
@@ -352,11 +354,12 @@ def _amx_step_cost(rows: int, panels: int) -> float:
 def _amx_order_cost(w: Linear, config: Config, target: Target) -> float:
     """How much worse than the best block of tiles and order of rows, a little.
 
-    A wide block reads less of x; under an activation a small one lets the next product begin meanwhile. Rows are read
-    once a column, from the second-level cache as long as they take a part of it. (2 cores of Emerald Rapids, rows 1024,
-    in 1536, out 384: 1.4 ms in blocks of 64 or 128 rows, 3.5 in blocks of 256.)
+    A wide block reads less of x, but while its sums are written no product begins; a small one's epilogue overlaps with
+    the next one's products. What that is worth depends on how long products take: in_features. Rows are read once a
+    column, from the second-level cache as long as they take a part of it. (2 cores of Emerald Rapids, blocks of 16 × 2,
+    16 × 4 and 32 × 2: 128×384→1152 in 73, 101 and 105 µs, 512×2048→2048 in 2.6, 2.3 and 2.3 ms.)
     """
-    wide = 2 if w.activation not in ("", "relu") else 4
+    wide = 2 if w.activation not in ("", "relu") or w.in_features <= _SHORT_FEATURES else 4
     panels = config.integer("tile_vectors") * (2 if w.gated else 1)
     shape = 1.0 + 0.1 * abs(math.log2(panels / wide)) + 0.1 * (config.integer("tile_rows") > amx.ROWS)
     block = config.integer("row_block")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +13,6 @@ from attntune.templates.cpu import amx
 from attntune.templates.cpu.arithmetic import Arithmetic
 from attntune.templates.cpu.linear_kernel import LinearKernel, Panels
 from attntune.templates.cpu.vectors import chained
-
-#: Lines of a panel's tile.
-_TILE_LINES = amx.PAIRS
 
 
 class AmxLinearKernel(LinearKernel):
@@ -39,7 +35,6 @@ class AmxLinearKernel(LinearKernel):
 
         # Not on the stack, where it would not be aligned: tiles that cross cache lines take ten times as long.
         self.stage = T.sblock_alloc_buffer((self.rows, panels.count * self.parts, self.lanes), "float32")
-        self.first_row, self.column_tiles = first_row, math.ceil(rows / self.rows)
         super()._column(first_row, rows, panels)
         amx.end()
 
@@ -73,8 +68,6 @@ class AmxLinearKernel(LinearKernel):
 
         def step(n: Any, _: int) -> None:
             k = n * amx.PAIRS
-            if self.prefetch:
-                self._fetch_next(row, k, panels)
             for i in range(len(tiles.heights)):
                 tiles.load(tiles.left(i), x[row + i * amx.ROWS, k], x_stride)
             for v in range(wide):
@@ -87,14 +80,3 @@ class AmxLinearKernel(LinearKernel):
         for i in range(len(tiles.heights)):
             for v in range(wide):
                 tiles.store(tiles.sums(i, v), self.stage[i * amx.ROWS, v, 0], stage_stride)
-
-    def _fetch_next(self, row: Any, k: Any, panels: Panels) -> None:
-        """Ask for the next column's panels from pair ``k`` on: each tile of rows for its part of their lines."""
-        lines = panels.count * self.parts * _TILE_LINES
-        share = math.ceil(lines / self.column_tiles)
-        tile = (row - self.first_row) // self.rows
-        after = self._part(Panels(panels.at(panels.count), 1, panels.count), 0)
-        for n in range(share):
-            line = tile * share + n
-            at = [after + line // _TILE_LINES, k + line % _TILE_LINES, 0]
-            self.v.prefetch(self.operand["weight"], at, l2=True)

@@ -13,11 +13,6 @@ define linkonce_odr i32 @attntune_prefetch(ptr %line) alwaysinline {
   call void @llvm.prefetch.p0(ptr %line, i32 0, i32 3, i32 1)
   ret i32 0
 }
-
-define linkonce_odr i32 @attntune_prefetch_l2(ptr %line) alwaysinline {
-  call void @llvm.prefetch.p0(ptr %line, i32 0, i32 2, i32 1)
-  ret i32 0
-}
 """
 
 
@@ -39,16 +34,12 @@ class Vectors:
 
         T.buffer_store(buffer, value, [*at[:-1], tirx.Ramp(at[-1], 1, self.lanes)])
 
-    def prefetch(self, buffer: Any, at: list[Any], *, l2: bool = False) -> None:
-        """Ask for the cache line of ``buffer`` at ``at``, which may lie past its end; needs :data:`PREFETCH_IR`.
-
-        ``l2``: no nearer than the second-level cache.
-        """
+    def prefetch(self, buffer: Any, at: list[Any]) -> None:
+        """Ask for the cache line of ``buffer`` at ``at``, which may lie past its end; needs :data:`PREFETCH_IR`."""
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
-        name = "attntune_prefetch_l2" if l2 else "attntune_prefetch"
-        T.evaluate(tirx.call_extern("int32", name, tirx.address_of(buffer[tuple(at)])))
+        T.evaluate(tirx.call_extern("int32", "attntune_prefetch", tirx.address_of(buffer[tuple(at)])))
 
     def broadcast(self, value: Any) -> Any:
         """A scalar expression in every lane."""
