@@ -22,8 +22,8 @@ the best config tried at each length, beside PyTorch's bfloat16 SDPA in a proces
 On Emerald Rapids, whose multiply-adds are four times as fast as its products of pairs, the float32 kernel on widened
 operands takes 1.23 to 1.38 times less (``widen``; 128 to 2048 keys, heads of 32 and 64).
 
-In tiles of AMX (``amx``), on Emerald Rapids, 12 heads of 64, batch 1, untuned, medians (GFLOP/s without the softmax; the
-host lets tiles run at 1,100 on both cores together for most of the time, at 4,500 in bursts):
+In tiles of AMX (``amx``), on Emerald Rapids, 12 heads of 64, batch 1, untuned, medians (GFLOP/s without the softmax;
+the host lets tiles run at 1,100 on both cores together most of the time, at 4,500 in bursts):
 
     seq                                                     512   2048   512 causal   2048 causal
     scores copied, weights transposed, kept for a block     526    502          571           597

@@ -41,9 +41,20 @@ GFLOP/s each from one moment to the next; ratios of times in turns, rows 128 to 
     bfloat16 multiplied as float32 instead of as pairs            1.5-1.65
     bfloat16 in tiles of AMX instead of as float32                1.5-3
     Strassen's algorithm on pairs of tiles: 0.72-1.00, left out (sums of blocks and of tiles take what a product saves)
-Tiles of AMX reach 4,600 GFLOP/s on the same two cores where all operands are in the first-level cache, 1,600 to 1,900 a
-core from the second-level one, and half of that past it; kernels here are at 350 to 1,050: reading x once a column of
-panels is what is left to save (blocks of in_features), and GELU, which takes longer than its product.
+Tiles of AMX reach 4,600 GFLOP/s on the same two cores where all operands are in the first-level cache, but most of the
+time the host lets them run at 1,100, and less dense code then loses less. Medians of 12 samples of 30 ms in turns,
+GFLOP/s:
+
+    rows × in → out                 16 × 4, the default until then     16 × 2   32 × 2
+    128 × 384 → 384                                           1200       1550     1230
+    128 × 384 → 1536                                     1380-1670       2000     1280
+    1024 × 384 → 1152                                         1030       1580     1090
+    128 × 1536 → 384                                          1970       1680     2100
+    512 × 2048 → 2048, blocks of 128 rows                     1870       1640     1900
+
+The epilogue of a small block overlaps with the next one's products. Tried without gain: in_features in parts of 256 to
+512 (a prototype in C was 3 to 11 % slower: sums come and go), x packed by tiles (the same to 25 % slower), the next
+column's panels asked for ahead (no clear difference, from the second-level cache or from the third).
 """
 
 from __future__ import annotations
