@@ -171,7 +171,8 @@ def tuning_section(document: Mapping[str, Any], raw: str) -> str:
         "",
         f"Shapes {', '.join(document['shapes'])}; {document['machine'].get('cpu_model', 'unknown CPU')}. Times "
         "of kernels are from the final rounds of each run; those of the model from interleaved rounds, in processes of "
-        f"their own. Raw samples: [`{raw}`]({raw}).",
+        "their own, with ratios to the last search's: medians over rounds, with a 95 % interval. "
+        f"Raw samples: [`{raw}`]({raw}).",
         "",
     ]
     rows = [
@@ -185,9 +186,15 @@ def tuning_section(document: Mapping[str, Any], raw: str) -> str:
     names = list(document["end_to_end"][0]["rounds"]) if document["end_to_end"] else []
     rows = []
     for row in document["end_to_end"]:
-        medians = {name: statistics.median(s for turn in row["rounds"][name] for s in turn) for name in names}
-        base = medians[names[-1]]
-        rows.append([row["shape"], *(f"{secs * 1e3:.2f} ms ({secs / base:.3f}×)" for secs in medians.values())])
+        rounds = {name: [statistics.median(turn) for turn in row["rounds"][name]] for name in names}
+        cells = []
+        for name in names:
+            ratio = paired_ratio(rounds[name], rounds[names[-1]])
+            cell = f"{statistics.median(rounds[name]) * 1e3:.2f} ms"
+            cells.append(
+                cell if name == names[-1] else f"{cell}, {ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]"
+            )
+        rows.append([row["shape"], *cells])
     lines += ["", *table(["batch × seq", *names], rows)]
     return "\n".join(lines) + "\n"
 

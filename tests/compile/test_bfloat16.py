@@ -158,10 +158,9 @@ def test_activations_are_as_accurate_as_stated(name):
 
 def activation_of(name, x):
     """``bf16.activation`` of float32 ``x``, whose length is a multiple of 16."""
+    import tvm
     from tvm.script.ir_builder import IRBuilder
     from tvm.tirx.script.builder import ir as T
-
-    import tvm
 
     v = Vectors(bf16.LANES)
     with IRBuilder() as builder, T.prim_func(s_tir=True):

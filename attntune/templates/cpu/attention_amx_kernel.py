@@ -165,9 +165,7 @@ class AttentionAmxKernel(AttentionBf16Kernel):
 
     def _passes(self) -> list[range]:
         """Vectors of the head that are summed together."""
-        return [
-            range(e, min(e + self.pass_dims, self.dim_vectors)) for e in range(0, self.dim_vectors, self.pass_dims)
-        ]
+        return [range(e, min(e + self.pass_dims, self.dim_vectors)) for e in range(0, self.dim_vectors, self.pass_dims)]
 
 
 class TurnedWeightsKernel(AttentionAmxKernel):
@@ -311,7 +309,6 @@ class TurnedValuesKernel(AttentionAmxKernel):
                 tiles.store(tiles.total, self.total[g * lanes], line)
 
     def _finish(self) -> None:
-        from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
         v, lanes = self.v, self.lanes
