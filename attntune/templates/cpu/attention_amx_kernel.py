@@ -12,8 +12,6 @@ from attntune.target import Target
 from attntune.templates.cpu import amx, bf16
 from attntune.templates.cpu.attention_bf16_kernel import ONES, AttentionBf16Kernel
 
-#: Vectors of the head whose sums have registers, beside weights and values.
-_MOST_DIMS = 4
 #: Keys whose weights are one tile.
 TILE_KEYS = 2 * amx.PAIRS
 
@@ -39,9 +37,7 @@ class AttentionAmxKernel(AttentionBf16Kernel):
         super().__init__(w, target, config)
         self.value_rows = math.ceil(self.key_block / TILE_KEYS) * amx.PAIRS
         self.p_vectors = self.vectors
-        passes = math.ceil(self.dim_vectors / _MOST_DIMS)
-        self.pass_dims = math.ceil(self.dim_vectors / passes)
-        widths = {self.pass_dims, self.dim_vectors - (passes - 1) * self.pass_dims}
+        widths = {len(dims) for dims in self._passes()}
         tiles = {*map(self._score_tiles, range(1, self.vectors + 1)), *map(self._result_tiles, widths)}
         self.code = bf16.LLVM_IR + amx.llvm_ir(tiles)
 
@@ -162,10 +158,6 @@ class AttentionAmxKernel(AttentionBf16Kernel):
     @abstractmethod
     def _weigh(self, g: Any, begin: Any, count: Any, first: bool) -> None:
         """The results of a vector of queries: ``count`` tiles of keys from the ``begin``-th on."""
-
-    def _passes(self) -> list[range]:
-        """Vectors of the head that are summed together."""
-        return [range(e, min(e + self.pass_dims, self.dim_vectors)) for e in range(0, self.dim_vectors, self.pass_dims)]
 
 
 class TurnedWeightsKernel(AttentionAmxKernel):

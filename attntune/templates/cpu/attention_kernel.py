@@ -113,9 +113,7 @@ class AttentionKernel(AttentionScores):
         """The block's weighted sums of values; ``first``: of its only block of keys."""
         from tvm.tirx.script.builder import ir as T
 
-        passes = [
-            range(e, min(e + self.dims_held, self.dim_vectors)) for e in range(0, self.dim_vectors, self.dims_held)
-        ]
+        passes = self._passes()
         # Copied columns stay in the first-level cache for all queries; else a row's passes follow one another.
         for together in [[dims] for dims in passes] if self.copy_values else [passes]:
             if self.copy_values:
@@ -125,6 +123,10 @@ class AttentionKernel(AttentionScores):
                 low, high = (x if isinstance(x, int) else self._known(x) for x in (low, high))
                 for dims in together:
                     self._out_tile(low, high, t, dims, first)
+
+    def _passes(self) -> list[range]:
+        """Vectors of the head that are summed together."""
+        return [range(e, min(e + self.dims_held, self.dim_vectors)) for e in range(0, self.dim_vectors, self.dims_held)]
 
     def _copy_columns(self, dims: range) -> None:
         """The block's values in ``dims`` vectors of the head, side by side: ``columns`` (keys, dims, lanes)."""

@@ -83,10 +83,7 @@ define linkonce_odr <16 x float> @attntune_bf16_exp2(<16 x float> %x) alwaysinli
   ret <16 x float> %r
 }
 """.replace("SHUFFLE", ", ".join(f"i32 {lane}, i32 {lane + LANES}" for lane in range(LANES)))
-for _power, _coefficient in enumerate(reversed(_EXP2_DEGREE_3)):
-    LLVM_IR = LLVM_IR.replace(f"C{_power}", _vector(_coefficient))
-
-_ACTIVATIONS_IR = """
+LLVM_IR += """
 declare <16 x float> @llvm.fabs.v16f32(<16 x float>)
 declare <16 x float> @llvm.x86.avx512.rcp14.ps.512(<16 x float>, <16 x float>, i16)
 
@@ -131,11 +128,12 @@ define linkonce_odr <16 x float> @attntune_bf16_gelu_tanh(<16 x float> %x) alway
 """
 _CONSTANTS = {
     "END": _TAIL_END, "ZERO": 0.0, "ONE": 1.0, "SILU": -math.log2(math.e), "LINEAR": -_GELU_TANH,
-    "CUBIC": -0.044715 * _GELU_TANH, **{f"T{power}": value for power, value in enumerate(reversed(_LOG2_TAIL))},
+    "CUBIC": -0.044715 * _GELU_TANH,
+    **{f"C{power}": value for power, value in enumerate(reversed(_EXP2_DEGREE_3))},
+    **{f"T{power}": value for power, value in enumerate(reversed(_LOG2_TAIL))},
 }  # fmt: skip
 for _name, _value in _CONSTANTS.items():
-    _ACTIVATIONS_IR = re.sub(rf"\b{_name}\b", _vector(_value), _ACTIVATIONS_IR)
-LLVM_IR += _ACTIVATIONS_IR
+    LLVM_IR = re.sub(rf"\b{_name}\b", _vector(_value), LLVM_IR)
 
 #: Annotation for one loop of a kernel that calls functions of this module.
 IMPORT: Mapping[str, str] = {"pragma_import_llvm": LLVM_IR}

@@ -367,8 +367,7 @@ def _amx_order_cost(w: Linear, config: Config, target: Target) -> float:
 
     A wide block reads less of x, but while its sums are written no product begins; a small one's epilogue overlaps with
     the next one's products. What that is worth depends on how long products take: in_features. Rows are read once a
-    column, from the second-level cache as long as they take a part of it. (2 cores of Emerald Rapids, blocks of 16 × 2,
-    16 × 4 and 32 × 2: 128×384→1152 in 73, 101 and 105 µs, 512×2048→2048 in 2.6, 2.3 and 2.3 ms.)
+    column, from the second-level cache as long as they take a part of it.
     """
     wide = 2 if w.activation not in ("", "relu") or w.in_features <= _SHORT_FEATURES else 4
     panels = config.integer("tile_vectors") * (2 if w.gated else 1)
