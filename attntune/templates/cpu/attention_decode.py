@@ -27,10 +27,13 @@ from attntune.ops.workload import Workload
 from attntune.search.space import Config, ConfigSpace, Knob
 from attntune.target import Target
 from attntune.templates.cpu.attention_decode_kernel import DecodeKernel
+from attntune.templates.cpu.vectors import asks_ahead
 from attntune.templates.template import ScheduleTemplate
 
 #: Queries of one sequence that still count as few, and rows that share a key.
 MAX_QUERIES, MAX_ROWS = 4, 32
+#: Keys and values that are asked for before they are multiplied.
+_AHEAD = 16
 
 
 class AttentionDecodeCPU(ScheduleTemplate):
@@ -58,6 +61,7 @@ class AttentionDecodeCPU(ScheduleTemplate):
             Knob("key_vectors", blocks),
             Knob("score_rows", tuple(r for r in (1, 2, 4) if r == 1 or r <= rows)),
             Knob("out_rows", tuple(r for r in (1, 2, 4) if r == 1 or r <= rows)),
+            Knob("prefetch", (0, _AHEAD)),
         ]
         return ConfigSpace(knobs, [])
 
@@ -73,7 +77,8 @@ class AttentionDecodeCPU(ScheduleTemplate):
             imbalance = math.ceil(tasks / target.cores) * target.cores / tasks
             block = 1.0 + 0.02 * math.log2(config.integer("key_vectors"))
             held = 1.0 + 0.02 / config.integer("out_rows") + 0.02 / config.integer("score_rows")
-            return imbalance * block * held * (1.0 + 0.01 * config.integer("splits")), config.key()
+            asked = 1.0 if bool(config["prefetch"]) == asks_ahead(target) else 1.01
+            return imbalance * block * held * asked * (1.0 + 0.01 * config.integer("splits")), config.key()
 
         return min(self.space(workload, target), key=cost)
 

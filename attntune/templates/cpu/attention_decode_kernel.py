@@ -11,7 +11,7 @@ from attntune.search.space import Config
 from attntune.target import Target
 from attntune.templates.cpu import bf16
 from attntune.templates.cpu.attention_blocks import LOG2_E
-from attntune.templates.cpu.vectors import Vectors
+from attntune.templates.cpu.vectors import PREFETCH_IR, Vectors
 
 
 class DecodeKernel:
@@ -25,13 +25,19 @@ class DecodeKernel:
         self.key_block = config.integer("key_vectors") * self.lanes
         self.score_rows = config.integer("score_rows")
         self.out_rows = config.integer("out_rows")
+        self.prefetch = config.integer("prefetch")
         self.group = w.heads // w.kv_heads
         self.rows = w.q_len * self.group
         self.padded_rows = math.ceil(self.rows / self.out_rows) * self.out_rows
         self.dims = math.ceil(w.head_dim / self.lanes)
-        self.dims_held = min(self.dims, max(1, target.vector_registers // 2 // self.out_rows - 1))
-        #: Whether scores multiply pairs of bfloat16 as they lie, without widening them.
-        self.paired = w.dtype == "bfloat16" and bf16.available(target) and w.head_dim % (2 * self.lanes) == 0
+        #: Whether a vector of bfloat16 pairs is read at a time: its lower values, then its higher ones, are two vectors
+        #: of float32, and lie in this order wherever this kernel keeps them.
+        self.halved = w.dtype == "bfloat16" and bf16.available(target) and w.head_dim % (2 * self.lanes) == 0
+        #: Whether scores multiply pairs as they lie. Widened, they are multiplied faster if that is done once for
+        #: several rows where a product of pairs takes as long as two of float32.
+        self.paired = self.halved and (self.rows == 1 or not bf16.slower_than_float32(target))
+        held = max(1, (target.vector_registers - 2) // (self.out_rows + (self.out_rows > 1)))
+        self.dims_held = held - held % 2 if self.halved and held > 1 else held
         self.modify = w.modification() if w.score_mod else None
         #: Whether scores are more than scaled products.
         self.general = bool(w.softcap or w.bias_heads or w.alibi or w.score_mod)
@@ -50,8 +56,9 @@ class DecodeKernel:
                 spec.name: T.arg(spec.name, T.buffer(spec.shape, spec.dtype)) for spec in (*w.inputs(), *w.outputs())
             }
             with T.sblock("root"):
-                if self.paired:
-                    self.pairs = {name: bf16.view(self.operand[name], "int32") for name in ("query", "key")}
+                if self.halved:
+                    self.pairs = {name: bf16.view(self.operand[name], "int32") for name in ("query", "key", "value", "out")}
+                self.lines = dict(self.operand)
                 for spec in w.inputs():
                     if spec.dtype == "bfloat16":
                         self.operand[spec.name] = bf16.Widened(self.operand[spec.name])
@@ -60,7 +67,8 @@ class DecodeKernel:
                 self.part = T.sblock_alloc_buffer((pairs * splits, self.padded_rows, self.dims * self.lanes), "float32")
                 self.top = T.sblock_alloc_buffer((pairs * splits, self.padded_rows), "float32")
                 self.total = T.sblock_alloc_buffer((pairs * splits, self.padded_rows), "float32")
-                imports = dict(bf16.IMPORT) if self.paired else {}
+                code = (bf16.LLVM_IR if self.halved else "") + (PREFETCH_IR if self.prefetch else "")
+                imports = {"pragma_import_llvm": code} if code else {}
                 with T.parallel(pairs * splits, annotations=imports) as task, T.sblock("split"):
                     T.reads()
                     T.writes()
@@ -84,15 +92,24 @@ class DecodeKernel:
         *lead, at = self._at(self.b, head, row, 2 * part * self.lanes)
         return self.pairs[name].vload([*lead, at // 2], dtype=f"int32x{self.lanes}")
 
-    def _vector(self, buffer: Any, b: Any, head: Any, row: Any, dim: int) -> Any:
-        """One vector of a row of a head; lanes past the head's end repeat its last element."""
+    def _vectors(self, name: str, row: Any, dims: range) -> dict[int, Any]:
+        """Vectors of a row of the key or value head; lanes past the head's end repeat its last element."""
         from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
 
-        w, lanes = self.w, self.lanes
-        if (dim + 1) * lanes <= w.head_dim:
-            return self.v.load(buffer, self._at(b, head, row, dim * lanes))
-        columns = [min(dim * lanes + lane, w.head_dim - 1) for lane in range(lanes)]
-        return tirx.Shuffle([buffer[tuple(self._at(b, head, row, c))] for c in columns], list(range(lanes)))
+        lanes, buffer, vectors = self.lanes, self.operand[name], {}
+        for dim in dims:
+            if self.halved:
+                if dim % 2 == 0 or dim == dims.start:
+                    pairs = T.bind(self._pair(name, self.head, row, dim // 2))
+                vectors[dim] = bf16.from_pairs(pairs, lanes)[dim % 2]
+            elif (dim + 1) * lanes <= self.w.head_dim:
+                vectors[dim] = self.v.load(buffer, self._at(self.b, self.head, row, dim * lanes))
+            else:
+                columns = [min(dim * lanes + lane, self.w.head_dim - 1) for lane in range(lanes)]
+                elements = [buffer[tuple(self._at(self.b, self.head, row, c))] for c in columns]
+                vectors[dim] = tirx.Shuffle(elements, list(range(lanes)))
+        return vectors
 
     # -- one split of the keys of one head -----------------------------------------------------------------------------
 
@@ -139,6 +156,11 @@ class DecodeKernel:
         self.q = T.sblock_alloc_buffer((self.rows, self.dims * lanes), "float32")
         with T.serial(self.rows) as r:
             head, i = self.head * self.group + r // w.q_len, r % w.q_len
+            if self.halved:
+                for part in range(self.dims // 2):
+                    for half, values in enumerate(bf16.from_pairs(T.bind(self._pair("query", head, i, part)), lanes)):
+                        v.store(self.q, [r, (2 * part + half) * lanes], values * v.splat(self.factor))
+                return
             for dim in range(self.dims):
                 v.store(self.q, [r, dim * lanes], v.splat(0.0))
             with T.serial(w.head_dim) as d:
@@ -164,6 +186,16 @@ class DecodeKernel:
             for low in range(0, self.dims, self.dims_held):
                 self._out_tile(start, keys, rt, range(low, min(low + self.dims_held, self.dims)))
 
+    def _ask_for(self, j: Any) -> None:
+        """A key and its value, to the second-level cache."""
+        from tvm.tirx.script.builder import ir as T
+
+        row = T.bind(T.min(j, self.end - 1))
+        for name in ("key", "value"):
+            line = 16 if self.w.dtype == "float32" else 32
+            for d in range(0, self.w.head_dim, line):
+                self.v.prefetch(self.lines[name], self._at(self.b, self.head, row, d), 2)
+
     def _score_tile(self, start: Any, t: Any, first_row: Any, rows: int) -> None:
         """Scores of ``rows`` rows (a power of two) against a vector of keys, each key read and widened once for all.
 
@@ -182,27 +214,33 @@ class DecodeKernel:
             head = self.head * self.group + (first_row + r) // w.q_len
             return self._pair("query", head, (first_row + r) % w.q_len, part)
 
-        def key(j: Any, part: int) -> Any:
+        count = w.head_dim // (2 * lanes) if self.paired else self.dims
+        shared = 2 if self.halved and not self.paired else 1
+
+        def key(j: Any, parts: range) -> dict[int, Any]:
             if self.paired:
-                return self._pair("key", self.head, j, part)
-            return self._vector(self.operand["key"], self.b, self.head, j, part)
+                return {part: self._pair("key", self.head, j, part) for part in parts}
+            return self._vectors("key", j, parts)
 
         products = T.sblock_alloc_buffer((lanes, lanes), "float32", scope="local")
         sums = []
         for part in range(rows):
             keys = [T.bind(T.min(first + part * together + a, self.end - 1)) for a in range(together)]
-            for dim in range(w.head_dim // (2 * lanes) if self.paired else self.dims):
-                queries = [query(r, dim) for r in range(rows)]
+            for low in range(0, count, shared):
+                dims = range(low, low + shared)
+                queries = {(r, dim): query(r, dim) for r in range(rows) for dim in dims}
                 for a in range(together):
-                    components = T.bind(key(keys[a], dim)) if rows > 1 else key(keys[a], dim)
-                    for r in range(rows):
-                        at = [r * together + a, 0]
-                        before = v.load(products, at) if dim else None
-                        if self.paired:
-                            value = bf16.dot(v.splat(0.0) if before is None else before, components, queries[r])
-                        else:
-                            value = components * queries[r] if before is None else before + components * queries[r]
-                        v.store(products, at, value)
+                    for dim, loaded in key(keys[a], dims).items():
+                        components = T.bind(loaded) if rows > 1 else loaded
+                        for r in range(rows):
+                            at = [r * together + a, 0]
+                            before = v.load(products, at) if dim else None
+                            if self.paired:
+                                value = bf16.dot(v.splat(0.0) if before is None else before, components, queries[r, dim])
+                            else:
+                                product = components * queries[r, dim]
+                                value = product if before is None else before + product
+                            v.store(products, at, value)
             sums.append(T.bind(v.sums([v.load(products, [a, 0]) for a in range(lanes)])))
             if self.paired:
                 sums[-1] = T.bind(sums[-1] * v.splat(self.factor))
@@ -269,10 +307,18 @@ class DecodeKernel:
                 kept = v.load(self.part, [self.task, rt * rows + a, dim * lanes]) * v.broadcast(self.alpha[row[a]])
                 v.store(acc, [a, e, 0], kept)
         with T.serial(keys) as j:
-            values = [self._vector(self.operand["value"], self.b, self.head, start + j, dim) for dim in dims]
+            if self.prefetch and dims.start == 0:
+                if self.padded_rows == rows:
+                    self._ask_for(start + j + self.prefetch)
+                else:
+                    with T.If(rt == 0), T.Then():
+                        self._ask_for(start + j + self.prefetch)
+            values = self._vectors("value", start + j, dims)
+            if rows > 1:
+                values = {dim: T.bind(value) for dim, value in values.items()}
             for a in range(rows):
-                for e in range(len(dims)):
-                    product = v.broadcast(self.p[row[a], j]) * values[e]
+                for e, dim in enumerate(dims):
+                    product = v.broadcast(self.p[row[a], j]) * values[dim]
                     v.store(acc, [a, e, 0], v.load(acc, [a, e, 0]) + product)
         for a in range(rows):
             for e, dim in enumerate(dims):
@@ -307,6 +353,12 @@ class DecodeKernel:
                     v.store(acc, [0, dim * lanes], v.load(acc, [0, dim * lanes]) + scaled)
             inverse = T.bind(tirx.const(1.0, "float32") / T.max(best[1], tirx.const(1e-30, "float32")))
             head, i = kv_head * self.group + r // w.q_len, r % w.q_len
+            if self.halved:
+                for part in range(self.dims // 2):
+                    low, high = (v.load(acc, [0, (2 * part + half) * lanes]) * v.broadcast(inverse) for half in (0, 1))
+                    *lead, at = self._at(b, head, i, part * 2 * lanes)
+                    v.store(self.pairs["out"], [*lead, at // 2], bf16.round_to_pairs(low, high))
+                return
             with T.serial(w.head_dim) as d:
                 element = acc[0, d] * inverse
                 if w.dtype != "float32":

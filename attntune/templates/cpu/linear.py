@@ -74,8 +74,9 @@ from attntune.templates.cpu.arithmetic import Arithmetic, arithmetic_for
 from attntune.templates.cpu.linear_amx_kernel import AmxLinearKernel
 from attntune.templates.cpu.linear_grouped_kernel import GroupedLinearKernel, UnpackedLinearKernel
 from attntune.templates.cpu.linear_int8_kernel import Int8LinearKernel
-from attntune.templates.cpu.linear_kernel import LinearKernel
+from attntune.templates.cpu.linear_kernel import FEW_ROWS, LinearKernel
 from attntune.templates.cpu.linear_widened_kernel import WidenedLinearKernel
+from attntune.templates.cpu.vectors import asks_ahead
 from attntune.templates.template import Packing, ScheduleTemplate
 
 _ROW_TILES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16)
@@ -84,14 +85,12 @@ _AMX_ROW_TILES = (*_ROW_TILES, 32, 48)
 _COLUMN_VECTORS = (1, 2, 3, 4, 5, 6)
 #: Sums that run side by side before an addition's latency is hidden.
 _LATENCY = 8
-#: Up to so many rows a product may run at the memory's speed.
-_FEW_ROWS = 16
 #: From so many rows on, tiles of AMX are multiplied faster than vectors.
 _AMX_ROWS = 5
 #: Up to so many in_features small blocks of AMX tiles are faster than large ones.
 _SHORT_FEATURES = 768
-#: Steps that a panel is asked for before it is multiplied.
-_AHEAD = 16
+#: Steps that a panel is asked for before it is multiplied: from the second-level cache, and from memory.
+_AHEAD, _FAR_AHEAD = 16, 32
 #: Above so many rows a weight quantised by groups is unpacked once for all of them.
 _UNPACKED_ROWS = 8
 
@@ -121,14 +120,13 @@ class LinearCPU(ScheduleTemplate):
             Knob("k_unroll", (1, 2, 4, 8)),
             Knob("row_block", tuple(b for b in (0, 32, 64, 128, 256) if b == 0 or b < w.rows)),
         ]
-        if w.rows <= _FEW_ROWS:
+        if w.rows <= FEW_ROWS:
             knobs.append(Knob("apart", (False, True)))
         if w.grouped:
             knobs.append(Knob("unpack", (False, True) if w.rows > 1 else (False,)))
         elif w.dtype == "bfloat16" and not w.quantized:
-            knobs.append(Knob("widen", (False, True) if w.rows > _FEW_ROWS else (False,)))
-        if w.rows > _FEW_ROWS:
-            knobs.append(Knob("prefetch", (0, _AHEAD)))
+            knobs.append(Knob("widen", (False, True) if w.rows > FEW_ROWS else (False,)))
+        knobs.append(Knob("prefetch", (0, _AHEAD if w.rows > FEW_ROWS else _FAR_AHEAD)))
         if tiled:
             knobs.append(Knob("amx", (False, True)))
 
@@ -137,7 +135,7 @@ class LinearCPU(ScheduleTemplate):
             vectors *= parts
             sums = rows * vectors * chains
             if config.get("amx", False):
-                plain = chains == 1 and not config["widen"] and not config.get("prefetch", 0)
+                plain = chains == 1 and not config["widen"] and not (config["prefetch"] and w.rows > FEW_ROWS)
                 block = config.integer("row_block")
                 whole = (rows % amx.ROWS == 0 or rows == w.rows) and block % rows == 0 and not (w.seq and block)
                 apart = vectors > parts or not config.get("apart", False)
@@ -150,9 +148,9 @@ class LinearCPU(ScheduleTemplate):
                 block % rows == 0 and not (w.seq and block) and (vectors > 1 or not config.get("apart", False))
             )
             # Many rows fill a tile: one with fewer sums than an addition's latency is never the best.
-            filled = w.rows <= _FEW_ROWS or sums >= _LATENCY or rows == w.rows
-            widened = w.dtype != "bfloat16" or w.quantized or bool(config.get("widen", False))
-            if not filled or (config.get("prefetch", 0) and not widened):
+            filled = w.rows <= FEW_ROWS or sums >= _LATENCY or rows == w.rows
+            widened = w.dtype != "bfloat16" or w.quantized or bool(config.get("widen", False)) or w.rows <= FEW_ROWS
+            if not filled or (config["prefetch"] and not widened):
                 return False
             return in_registers and useful and sums * config.integer("k_unroll") <= 256 and whole_tiles
 
@@ -179,7 +177,7 @@ class LinearCPU(ScheduleTemplate):
             ]
             tails = 1.0 + 0.02 * bool(w.rows % rows) + 0.01 * bool(panels % vectors)
             unrolled = config.integer("k_unroll") * chains * (group if w.grouped else 1)
-            streams = _stream_cost(vectors * parts, config) if w.rows <= _FEW_ROWS else 1.0
+            streams = _stream_cost(vectors * parts, config) if w.rows <= FEW_ROWS else 1.0
             if "amx" in config and config["amx"] != (w.rows >= _AMX_ROWS):
                 return math.inf, config.key()
             if config.get("amx", False):
@@ -194,9 +192,9 @@ class LinearCPU(ScheduleTemplate):
                 # and 4×6. On Emerald Rapids it is 5 to 10 % faster.
                 unrolling *= 1.1
             order = _row_order_cost(w, config, target)
-            if "widen" in config and config["widen"] != (w.rows > _FEW_ROWS and bf16.slower_than_float32(target)):
+            if "widen" in config and config["widen"] != (w.rows > FEW_ROWS and bf16.slower_than_float32(target)):
                 order *= 2.0
-            if bool(config.get("prefetch", 0)) != (target.fmas_per_cycle >= 2 and _many_registers(target)):
+            if bool(config["prefetch"]) != _asks_ahead(w, target):
                 order *= 1.01
             if w.grouped and config["unpack"] != (w.rows > _UNPACKED_ROWS):
                 order *= 2.0
@@ -307,6 +305,14 @@ def _in_amx_tiles(w: Linear, target: Target) -> bool:
     return w.dtype == "bfloat16" and not w.quantized and w.in_features % (2 * amx.PAIRS) == 0 and amx.available(target)
 
 
+def _asks_ahead(w: Linear, target: Target) -> bool:
+    """Whether panels are asked for before they are multiplied.
+
+    One row of float32 is read as fast without.
+    """
+    return asks_ahead(target) and (w.rows > 1 or _arithmetic(w, target).bits < 32)
+
+
 def _many_registers(target: Target) -> bool:
     """Whether it has the 32 of AVX-512 and NEON, not the 16 of AVX2."""
     return target.vector_registers >= 32
@@ -369,7 +375,7 @@ def _amx_order_cost(w: Linear, config: Config, target: Target) -> float:
     the next one's products. What that is worth depends on how long products take: in_features. Rows are read once a
     column, from the second-level cache as long as they take a part of it.
     """
-    wide = 2 if w.activation not in ("", "relu") or w.in_features <= _SHORT_FEATURES else 4
+    wide = 2 if w.activation not in ("", "relu") or w.in_features <= _SHORT_FEATURES or w.rows <= FEW_ROWS else 4
     panels = config.integer("tile_vectors") * (2 if w.gated else 1)
     shape = 1.0 + 0.1 * abs(math.log2(panels / wide)) + 0.1 * (config.integer("tile_rows") > amx.ROWS)
     block = config.integer("row_block")

@@ -73,6 +73,8 @@ class AmxLinearKernel(LinearKernel):
             for v in range(wide):
                 source, at = self._panel(panels, v)
                 tiles.load(tiles.right(v), source[(*at, k, 0)], panel_stride)
+                for line in range(amx.PAIRS if self.prefetch else 0):
+                    self.v.prefetch(source, [*at, k + line + self.prefetch, 0], self.prefetch_level)
                 for i in range(len(tiles.heights)):
                     tiles.dot(i, v)
 

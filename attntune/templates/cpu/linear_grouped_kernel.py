@@ -43,7 +43,10 @@ class _Groups(LinearKernel):
 
         def word(n: Any, elements: int) -> None:
             for v in range(panels.count * self.parts):
-                words = weight.vload([self._part(panels, v), first // stored.group + n, 0], dtype=f"int32x{self.lanes}")
+                at = [self._part(panels, v), first // stored.group + n, 0]
+                words = weight.vload(at, dtype=f"int32x{self.lanes}")
+                if self.prefetch:
+                    self.v.prefetch(weight, [at[0], at[1] + self.prefetch, 0], 2)
                 for j in range(elements):
                     element(v, first + n * stored.group + j, stored.unpacked(words, j, self.lanes))
 

@@ -16,6 +16,9 @@ from attntune.templates.cpu.arithmetic import Arithmetic
 from attntune.templates.cpu.tasks import share_out
 from attntune.templates.cpu.vectors import PREFETCH_IR, Vectors, chained
 
+#: Up to so many rows a product may run at the memory's speed.
+FEW_ROWS = 16
+
 
 @dataclass(frozen=True)
 class Panels:
@@ -58,6 +61,7 @@ class LinearKernel:
         self.row_block = config.integer("row_block")
         self.chains = config.integer("chains")
         self.prefetch = int(config.get("prefetch", 0))
+        self.prefetch_level = 2 if w.rows <= FEW_ROWS else 1
         self.apart = bool(config.get("apart", False))
         self.parts = 2 if w.gated else 1
         self.panels = math.ceil(w.out_features / self.lanes)
@@ -229,7 +233,7 @@ class LinearKernel:
             panel = [self._panel(panels, v) for v in range(wide)]
             loaded = [source.vload([*at, k, 0], dtype=f"{self.arithmetic.word}x{self.lanes}") for source, at in panel]
             for source, at in panel if self.prefetch else ():
-                self.v.prefetch(source, [*at, k + self.prefetch, 0])
+                self.v.prefetch(source, [*at, k + self.prefetch, 0], self.prefetch_level)
             for a, v in each:
                 spread = self.v.broadcast(x[row + a, k])
                 self.v.store(acc, [c, a, v, 0], self.arithmetic.multiply_add(held(c, a, v), spread, loaded[v]))

@@ -24,6 +24,7 @@ class FloatPanelsKernel(LinearKernel):
     ) -> None:
         super().__init__(w, target, config, Float32(), packed)
         self.stored = arithmetic
+        self.prefetch_level = 1  # of panels that lie in the second
 
     def _prepare_column(self, panels: Panels) -> None:
         from tvm.tirx.script.builder import ir as T

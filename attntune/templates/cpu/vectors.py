@@ -5,15 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from attntune.target import Target
+
 #: LLVM IR for :meth:`Vectors.prefetch`, for a ``pragma_import_llvm`` on a loop of the kernel.
 PREFETCH_IR = """
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 
-define linkonce_odr i32 @attntune_prefetch(ptr %line) alwaysinline {
+define linkonce_odr i32 @attntune_prefetch_1(ptr %line) alwaysinline {
   call void @llvm.prefetch.p0(ptr %line, i32 0, i32 3, i32 1)
   ret i32 0
 }
+
+define linkonce_odr i32 @attntune_prefetch_2(ptr %line) alwaysinline {
+  call void @llvm.prefetch.p0(ptr %line, i32 0, i32 2, i32 1)
+  ret i32 0
+}
 """
+
+
+def asks_ahead(target: Target) -> bool:
+    """Whether kernels ask for what they read before they read it, as long as nothing was measured.
+
+    It pays on Emerald Rapids. On Zen 4 and Zen 3 it cost more than it brought; see the ladders in ``linear.py`` and ``attention_decode.py``.
+    """
+    return target.fmas_per_cycle >= 2 and target.vector_registers >= 32
 
 
 class Vectors:
@@ -34,12 +49,15 @@ class Vectors:
 
         T.buffer_store(buffer, value, [*at[:-1], tirx.Ramp(at[-1], 1, self.lanes)])
 
-    def prefetch(self, buffer: Any, at: list[Any]) -> None:
-        """Ask for the cache line of ``buffer`` at ``at``, which may lie past its end; needs :data:`PREFETCH_IR`."""
+    def prefetch(self, buffer: Any, at: list[Any], level: int = 1) -> None:
+        """Ask for the cache line of ``buffer`` at ``at``, which may lie past its end; needs :data:`PREFETCH_IR`.
+
+        ``level``: of the cache it is to come to. To the second more lines can be under way at a time than to the first.
+        """
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
-        T.evaluate(tirx.call_extern("int32", "attntune_prefetch", tirx.address_of(buffer[tuple(at)])))
+        T.evaluate(tirx.call_extern("int32", f"attntune_prefetch_{level}", tirx.address_of(buffer[tuple(at)])))
 
     def broadcast(self, value: Any) -> Any:
         """A scalar expression in every lane."""
