@@ -57,7 +57,8 @@ class DecodeKernel:
             }
             with T.sblock("root"):
                 if self.halved:
-                    self.pairs = {name: bf16.view(self.operand[name], "int32") for name in ("query", "key", "value", "out")}
+                    names = ("query", "key", "value", "out")
+                    self.pairs = {name: bf16.view(self.operand[name], "int32") for name in names}
                 self.lines = dict(self.operand)
                 for spec in w.inputs():
                     if spec.dtype == "bfloat16":
@@ -234,12 +235,12 @@ class DecodeKernel:
                         components = T.bind(loaded) if rows > 1 else loaded
                         for r in range(rows):
                             at = [r * together + a, 0]
-                            before = v.load(products, at) if dim else None
+                            before = v.load(products, at) if dim else v.splat(0.0)
                             if self.paired:
-                                value = bf16.dot(v.splat(0.0) if before is None else before, components, queries[r, dim])
+                                value = bf16.dot(before, components, queries[r, dim])
                             else:
                                 product = components * queries[r, dim]
-                                value = product if before is None else before + product
+                                value = before + product if dim else product
                             v.store(products, at, value)
             sums.append(T.bind(v.sums([v.load(products, [a, 0]) for a in range(lanes)])))
             if self.paired:

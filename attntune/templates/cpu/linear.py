@@ -52,9 +52,11 @@ GFLOP/s:
     128 × 1536 → 384                                          1970       1680     2100
     512 × 2048 → 2048, blocks of 128 rows                     1870       1640     1900
 
-The epilogue of a small block overlaps with the next one's products. Tried without gain: in_features in parts of 256 to
-512 (a prototype in C was 3 to 11 % slower: sums come and go), x packed by tiles (the same to 25 % slower), the next
-column's panels asked for ahead (no clear difference, from the second-level cache or from the third).
+The epilogue of a small block overlaps with the next one's products. Up to 16 rows, panels asked for 32 steps ahead,
+into the second-level cache, come from memory 10 % faster in bfloat16 (one row: 25 GB/s), 8 to 18 % in 4 and 8 bits and
+15 to 30 % where AMX multiplies them. Tried without gain: in_features in parts of 256 to 512 (a prototype in C was 3 to
+11 % slower: sums come and go), x packed by tiles (the same to 25 % slower), the next column's panels asked for ahead (no
+clear difference, from the second-level cache or from the third).
 """
 
 from __future__ import annotations
@@ -72,6 +74,15 @@ from attntune.target import Target
 from attntune.templates.cpu import amx, bf16
 from attntune.templates.cpu.arithmetic import Arithmetic, arithmetic_for
 from attntune.templates.cpu.linear_amx_kernel import AmxLinearKernel
+from attntune.templates.cpu.linear_cost import (
+    LATENCY,
+    amx_order_cost,
+    amx_step_cost,
+    pieces,
+    row_order_cost,
+    step_cost,
+    stream_cost,
+)
 from attntune.templates.cpu.linear_grouped_kernel import GroupedLinearKernel, UnpackedLinearKernel
 from attntune.templates.cpu.linear_int8_kernel import Int8LinearKernel
 from attntune.templates.cpu.linear_kernel import FEW_ROWS, LinearKernel
@@ -83,12 +94,8 @@ _ROW_TILES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16)
 #: Of whole registers of AMX as well.
 _AMX_ROW_TILES = (*_ROW_TILES, 32, 48)
 _COLUMN_VECTORS = (1, 2, 3, 4, 5, 6)
-#: Sums that run side by side before an addition's latency is hidden.
-_LATENCY = 8
 #: From so many rows on, tiles of AMX are multiplied faster than vectors.
 _AMX_ROWS = 5
-#: Up to so many in_features small blocks of AMX tiles are faster than large ones.
-_SHORT_FEATURES = 768
 #: Steps that a panel is asked for before it is multiplied: from the second-level cache, and from memory.
 _AHEAD, _FAR_AHEAD = 16, 32
 #: Above so many rows a weight quantised by groups is unpacked once for all of them.
@@ -142,13 +149,13 @@ class LinearCPU(ScheduleTemplate):
                 return plain and whole and apart and amx.fits(rows, vectors)
             # One register is left for what is broadcast; a tile that fills them all spills in the inner loop.
             in_registers = sums + vectors < target.vector_registers
-            useful = chains == 1 or rows * vectors * chains <= 2 * _LATENCY
+            useful = chains == 1 or rows * vectors * chains <= 2 * LATENCY
             block = config.integer("row_block")
             whole_tiles = (
                 block % rows == 0 and not (w.seq and block) and (vectors > 1 or not config.get("apart", False))
             )
             # Many rows fill a tile: one with fewer sums than an addition's latency is never the best.
-            filled = w.rows <= FEW_ROWS or sums >= _LATENCY or rows == w.rows
+            filled = w.rows <= FEW_ROWS or sums >= LATENCY or rows == w.rows
             widened = w.dtype != "bfloat16" or w.quantized or bool(config.get("widen", False)) or w.rows <= FEW_ROWS
             if not filled or (config["prefetch"] and not widened):
                 return False
@@ -172,26 +179,26 @@ class LinearCPU(ScheduleTemplate):
             imbalance = math.ceil(tasks / target.cores) * target.cores / tasks
             tiles = [
                 (h, width * parts, times * count)
-                for h, times in _split(w.rows, rows)
-                for width, count in _split(panels, vectors)
+                for h, times in pieces(w.rows, rows)
+                for width, count in pieces(panels, vectors)
             ]
             tails = 1.0 + 0.02 * bool(w.rows % rows) + 0.01 * bool(panels % vectors)
             unrolled = config.integer("k_unroll") * chains * (group if w.grouped else 1)
-            streams = _stream_cost(vectors * parts, config) if w.rows <= FEW_ROWS else 1.0
+            streams = stream_cost(vectors * parts, config) if w.rows <= FEW_ROWS else 1.0
             if "amx" in config and config["amx"] != (w.rows >= _AMX_ROWS):
                 return math.inf, config.key()
             if config.get("amx", False):
-                column = sum(_amx_step_cost(h, width) * times for h, width, times in tiles)
+                column = sum(amx_step_cost(h, width) * times for h, width, times in tiles)
                 unrolling = 1.0 + 0.01 * abs(unrolled - 1)
-                order = _amx_order_cost(w, config, target)
+                order = amx_order_cost(w, config, target)
                 return column * imbalance * tails * unrolling * streams * order, config.key()
-            column = sum(_step_cost(h, width, chains, target) * times for h, width, times in tiles)
+            column = sum(step_cost(h, width, chains, target) * times for h, width, times in tiles)
             unrolling = 1.0 + 0.01 * abs(unrolled - (4 if w.rows > 1 else 8))
-            if w.activation not in ("", "relu") and vectors < 4 and w.rows > _LATENCY and target.fmas_per_cycle < 2:
+            if w.activation not in ("", "relu") and vectors < 4 and w.rows > LATENCY and target.fmas_per_cycle < 2:
                 # Short rows leave the activation's loop few vectors to overlap: on Zen 4, 8×3 was 7 % slower than 4×4
                 # and 4×6. On Emerald Rapids it is 5 to 10 % faster.
                 unrolling *= 1.1
-            order = _row_order_cost(w, config, target)
+            order = row_order_cost(w, config, target)
             if "widen" in config and config["widen"] != (w.rows > FEW_ROWS and bf16.slower_than_float32(target)):
                 order *= 2.0
             if bool(config["prefetch"]) != _asks_ahead(w, target):
@@ -306,93 +313,8 @@ def _in_amx_tiles(w: Linear, target: Target) -> bool:
 
 
 def _asks_ahead(w: Linear, target: Target) -> bool:
-    """Whether panels are asked for before they are multiplied.
-
-    One row of float32 is read as fast without.
-    """
+    """Whether panels are asked for before they are multiplied; one row of float32 is read as fast without."""
     return asks_ahead(target) and (w.rows > 1 or _arithmetic(w, target).bits < 32)
-
-
-def _many_registers(target: Target) -> bool:
-    """Whether it has the 32 of AVX-512 and NEON, not the 16 of AVX2."""
-    return target.vector_registers >= 32
-
-
-def _split(extent: int, size: int) -> list[tuple[int, int]]:
-    """Pieces of ``extent`` and how many there are of each: whole ones, and the tail."""
-    whole, tail = divmod(extent, size)
-    return [(size, whole)] * bool(whole) + [(tail, 1)] * bool(tail)
-
-
-def _row_order_cost(w: Linear, config: Config, target: Target) -> float:
-    """How much worse than the best order of rows and columns, a little.
-
-    Column by column, each core streams its own part of the weight, which comes from memory in a model of many layers.
-    Blocks of rows shared out evenly leave each row on the core whose cache holds it before and after; they pay once
-    there is more to read of the rows than of the weight. (Rows 128, in 1536, out 384, weights cold: 811 µs by columns,
-    870 by rows.)
-    """
-    block = config.integer("row_block")
-    by_columns = w.rows * (w.in_features + w.out_features) <= 3 * w.in_features * w.out_features
-    if block == 0 or by_columns:
-        return 1.0 if block == 0 and by_columns else 1.03
-    blocks = math.ceil(w.rows / block)
-    even = blocks % target.cores == 0 and w.rows % block == 0
-    if not even or block < 8 * config.integer("tile_rows"):
-        return 1.03
-    return 1.0 + 0.001 * abs(math.log2(block / 128))
-
-
-def _step_cost(rows: int, vectors: int, chains: int, target: Target) -> float:
-    """Cycles, relative, of one reduction step of a tile.
-
-    A tile issues rows·vectors multiply-adds for rows + vectors loads, of which two hide behind one multiply-add; fewer
-    than eight sums side by side leave the addition's latency bare, and a tile that nearly fills the registers leaves
-    the compiler none to schedule with. A panel comes from the second-level cache, whose speed does not double where
-    multiply-adds do.
-    """
-    multiply_adds, loads = rows * vectors, rows + vectors
-    panel = 0.25 * vectors * (target.fmas_per_cycle - 1)
-    started = 0.75 * loads
-    crowded = (multiply_adds * chains + vectors) / target.vector_registers > 0.86
-    if not _many_registers(target):
-        # A broadcast counts twice, and no register is too many. (2 cores of Zen 3, 240×384→1152, GFLOP/s: 170 with 4×3,
-        # 164 with 6×2, 117 with 8×1, 98 with 12×1.)
-        started, crowded = 0.9 * (2 * rows + vectors), False
-    return (max(multiply_adds, started, _LATENCY / chains) + 0.05 * loads + panel) * (1.15 if crowded else 1.0)
-
-
-def _amx_step_cost(rows: int, panels: int) -> float:
-    """Cycles, relative, of one reduction step of a block of AMX tiles: a product takes 16, loading a tile 8."""
-    across = math.ceil(rows / amx.ROWS)
-    return max(16.0 * across * panels, 8.0 * (across + panels)) + 0.5 * (across + panels)
-
-
-def _amx_order_cost(w: Linear, config: Config, target: Target) -> float:
-    """How much worse than the best block of tiles and order of rows, a little.
-
-    A wide block reads less of x, but while its sums are written no product begins; a small one's epilogue overlaps with
-    the next one's products. What that is worth depends on how long products take: in_features. Rows are read once a
-    column, from the second-level cache as long as they take a part of it.
-    """
-    wide = 2 if w.activation not in ("", "relu") or w.in_features <= _SHORT_FEATURES or w.rows <= FEW_ROWS else 4
-    panels = config.integer("tile_vectors") * (2 if w.gated else 1)
-    shape = 1.0 + 0.1 * abs(math.log2(panels / wide)) + 0.1 * (config.integer("tile_rows") > amx.ROWS)
-    block = config.integer("row_block")
-    read = 2 * w.in_features * (block or w.rows)
-    return (
-        shape * (1.2 if read > target.l2_bytes // 4 else 1.0) * (1.01 + 0.001 * math.log2(256 / block) if block else 1)
-    )
-
-
-def _stream_cost(panels: int, config: Config) -> float:
-    """How much longer than with many streams the weight takes to come from memory.
-
-    A core that reads several panels at a time, each from where it ended before, keeps more of the hardware's
-    prefetchers busy. (Rows 1, in 576, out 1536, float32, GB/s: 24 with one panel, 29 with four side by side.)
-    """
-    few_or_many = {1: 1.15, 2: 1.04}.get(panels, 1.0 if panels <= _LATENCY else 1.2)
-    return few_or_many * (1.0 if config.get("apart", False) or panels == 1 else 1.01)
 
 
 def _arithmetic(w: Linear, target: Target) -> Arithmetic:

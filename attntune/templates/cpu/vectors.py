@@ -26,7 +26,8 @@ define linkonce_odr i32 @attntune_prefetch_2(ptr %line) alwaysinline {
 def asks_ahead(target: Target) -> bool:
     """Whether kernels ask for what they read before they read it, as long as nothing was measured.
 
-    It pays on Emerald Rapids. On Zen 4 and Zen 3 it cost more than it brought; see the ladders in ``linear.py`` and ``attention_decode.py``.
+    It pays on Emerald Rapids; on Zen 4 and Zen 3 it cost more than it brought. See the ladders in ``linear.py`` and
+    ``attention_decode.py``.
     """
     return target.fmas_per_cycle >= 2 and target.vector_registers >= 32
 
