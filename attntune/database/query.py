@@ -24,6 +24,12 @@ MAX_DISTANCE = 4.0
 """A config is not transferred between shapes that differ, over all their dimensions, by more than 2 to this power:
 the template's default, made for the shape at hand, is the better guess then."""
 
+_LIMITS = (
+    "vector_bits", "vector_registers", "fmas_per_cycle", "bf16_dots_per_cycle", "l1d_bytes", "l2_bytes",
+    "shared_memory_bytes",
+)  # fmt: skip
+"""Those of a :class:`Target` that must be the same for a config to be transferred to it."""
+
 Source = Path | str | os.PathLike[str]
 
 
@@ -247,13 +253,23 @@ def _member(config: Config, space: ConfigSpace) -> bool:
 
 
 def _target_rank(target: Target, record: TuningRecord) -> int | None:
-    """0 for the same target, 1 for another with the same vectors; None where nothing can be transferred."""
+    """0 for the same target, 1 for another with as many cores, 2 with more or fewer; None: nothing is transferred.
+
+    Between targets whose limits differ nothing is: spaces and defaults are derived from them, and the default made for
+    the limits at hand is the better guess.
+    """
     if record.target == target.key():
         return 0
-    limits = record.machine.get("target")
-    known: Target | None = PRESETS.get(record.target.split("/")[1])
-    bits = limits.get("vector_bits") if isinstance(limits, Mapping) else known.vector_bits if known else None
-    return 1 if bits == target.vector_bits else None
+    kind, arch, *cores = record.target.split("/")
+    limits, known = record.machine.get("target"), PRESETS.get(arch)
+
+    def limit(field: str) -> Any:
+        default = getattr(known, field, None)
+        return limits.get(field, default) if isinstance(limits, Mapping) else default
+
+    if kind != target.kind or any(limit(field) != getattr(target, field) for field in _LIMITS):
+        return None
+    return 1 if cores == target.key().split("/")[2:] else 2
 
 
 def shipped_journals() -> list[Path]:

@@ -103,13 +103,25 @@ def test_transfer_prefers_the_same_target():
     assert lookup(there).source == "transferred"
 
 
-def test_no_transfer_between_other_vector_widths_or_kinds():
-    assert lookup(record(4, target=PRESETS["x86-64-v3"])).source == "default"
-    assert lookup(record(4, target=PRESETS["sm_80"])).source == "default"
+@pytest.mark.parametrize("other", ["x86-64-v3", "x86-64-v4", "sapphirerapids", "sm_80"])
+def test_no_transfer_between_targets_of_other_limits(other):
+    assert lookup(record(4, target=PRESETS[other])).source == "default"
+
+
+def test_limits_that_a_record_does_not_tell_are_those_of_the_preset():
     unknown = record(4, target=dataclasses.replace(ZNVER4, arch="nobody-knows"), machine={})
     assert lookup(unknown).source == "default"
-    preset = record(4, target=PRESETS["sapphirerapids"], machine={})
+    preset = record(4, target=PRESETS["znver4"], machine={})
     assert lookup(preset).source == "transferred"
+    old = {"target": {n: v for n, v in PRESETS["x86-64-v4"].to_json().items() if n != "fmas_per_cycle"}}
+    assert lookup(record(4, target=PRESETS["x86-64-v4"], machine=old)).source == "default"
+
+
+def test_transfer_prefers_as_many_cores():
+    elsewhere = dataclasses.replace(ZNVER4, arch="znver5", name="znver5")
+    more, as_many = record(4, target=elsewhere.with_cores(8)), record(2, target=elsewhere)
+    assert lookup(more, as_many).config["tile"] == 2
+    assert lookup(more).config["tile"] == 4
 
 
 def test_no_transfer_over_too_great_a_distance():

@@ -55,8 +55,8 @@ GFLOP/s:
 The epilogue of a small block overlaps with the next one's products. Up to 16 rows, panels asked for 32 steps ahead,
 into the second-level cache, come from memory 10 % faster in bfloat16 (one row: 25 GB/s), 8 to 18 % in 4 and 8 bits and
 15 to 30 % where AMX multiplies them. Tried without gain: in_features in parts of 256 to 512 (a prototype in C was 3 to
-11 % slower: sums come and go), x packed by tiles (the same to 25 % slower), the next column's panels asked for ahead (no
-clear difference, from the second-level cache or from the third).
+11 % slower: sums come and go), x packed by tiles (the same to 25 % slower), the next column's panels asked for ahead
+(no clear difference, from the second-level cache or from the third).
 """
 
 from __future__ import annotations
