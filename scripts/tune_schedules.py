@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from attntune.database.maintenance import winners
 from attntune.errors import AttntuneError
 from attntune.models import bert, decoder, encoder_decoder, gpt2, llama, vit, whisper
 from attntune.models.model import Model
-from attntune.models.precision import PRECISIONS, supported
+from attntune.models.precision import PRECISIONS, at_precision, supported
+from attntune.ops.workload import Workload
 from attntune.progress import TrialDone
 from attntune.target import Target
 from attntune.tuner import tune
@@ -142,7 +144,7 @@ def main() -> int:
                 print(f"{target.key()} does not compute {precision}")
                 continue
             for name in options.models:
-                tuned(name, target, precision, options.seconds, journal, options.seed)
+                tuned(name, target, precision, options.seconds, journal, options.seed, options.operators)
     except AttntuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -153,18 +155,31 @@ def main() -> int:
     return 0
 
 
-def tuned(name: str, target: Target, precision: str, seconds: float, journal: Path, seed: int) -> None:
-    """Tune one architecture into ``journal``."""
-    architecture = ARCHITECTURES[name]
-    summary = tune(
-        architecture.build(architecture.fields), target=target, precision=precision, shapes=architecture.shapes,
-        seconds=seconds, database=journal, seed=seed, on_event=_say_failures,
-    )  # fmt: skip
+def tuned(
+    name: str, target: Target, precision: str, seconds: float, journal: Path, seed: int, operators: Sequence[str] | None
+) -> None:
+    """Tune one architecture, or its calls of some operators, into ``journal``."""
+    found = {w: calls for w, calls in workloads(name, precision).items() if operators is None or w.op in operators}
+    if not found:
+        print(f"{name} {precision}: nothing of {operators}")
+        return
+    summary = tune(found, target=target, seconds=seconds, database=journal, seed=seed, on_event=_say_failures)
     print(
         f"{name} {precision}: {len(summary.results)} workloads, {summary.trials} trials, {summary.elapsed_secs:.0f} s"
     )
     if summary.interrupted:
         raise KeyboardInterrupt
+
+
+def workloads(name: str, precision: str) -> dict[Workload, int]:
+    """Every workload of an architecture, of all shapes, and how many calls of it a layer has."""
+    architecture = ARCHITECTURES[name]
+    model = at_precision(architecture.build(architecture.fields), precision)
+    counts: Counter[Workload] = Counter()
+    for entry, spec in model.entries.items():
+        if not spec.on_request:
+            counts.update(model.workloads(architecture.shapes, entry))
+    return dict(counts)
 
 
 def _say_failures(event: Any) -> None:
@@ -173,8 +188,16 @@ def _say_failures(event: Any) -> None:
 
 
 def ship(schedules: Path, journal: Path) -> int:
-    """Write the winners of ``journal`` and of what ``schedules`` holds; the number of records."""
-    best = winners([*(Journal(schedules).load() if schedules.exists() else ()), *Journal(journal).load()])
+    """Write the winners of ``journal`` and of what ``schedules`` holds; the number of records.
+
+    Workloads of which one config alone was measured are left out: nothing was searched, a default needs no record.
+    """
+    trials, configs = Journal(journal).load(), defaultdict(set)
+    for record in trials:
+        if record.status == "correct":
+            configs[record.workload, record.target].add(record.config)
+    searched = [record for record in trials if len(configs[record.workload, record.target]) > 1]
+    best = winners([*(Journal(schedules).load() if schedules.exists() else ()), *searched])
     with tempfile.TemporaryDirectory(dir=schedules.parent) as folder:
         made = Path(folder) / schedules.name
         Journal(made).extend(best)
@@ -188,6 +211,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60, help="for each model and precision")
     parser.add_argument("--models", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--operators", nargs="+", help="tune no others, such as: attention linear")
     parser.add_argument("--schedules", type=Path, default=ROOT / "schedules", help="folder to write to")
     parser.add_argument("--journal", type=Path, help="of every trial; default: TARGET-tuning.jsonl in that folder")
     parser.add_argument("--seed", type=int, default=0)

@@ -34,7 +34,7 @@ def converse(tuned: TunedModel, codec: Codec, options: Options, *, live: bool) -
     from attntune.runtime.conversation import Conversation
     from attntune.runtime.sampling import Sampling
 
-    if options.beams > 1:
+    if (options.beams or 1) > 1:
         raise InputError("expected --chat with --text, or without --beams: a conversation keeps one cache")
     most = MOST if options.max_new_tokens is None else options.max_new_tokens
     if most < 1:

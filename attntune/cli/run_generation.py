@@ -31,8 +31,8 @@ class Options:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
-    beams: int = 1
-    length_penalty: float = 1.0
+    beams: int | None = None
+    length_penalty: float | None = None
     stop: tuple[str, ...] = ()
     chat: bool = False
     system: str | None = None
@@ -55,18 +55,23 @@ def run_generation(
         options: see :class:`Options`.
         live: print a single text as it is written.
     """
-    from attntune.runtime.generation import Generated, generate
+    from attntune.runtime.generation import Generated, generate, usual_beams
     from attntune.runtime.sampling import Sampling
     from attntune.runtime.text import stream_text
 
     prompts, source = _inputs(tuned, codec, texts, audio, options)
     most = _most(tuned, prompts, options)
     start_secs = time.perf_counter()
-    if options.beams > 1:
+    beams = options.beams
+    if beams is None:
+        beams = 1 if options.stop or options.temperature > 0 else usual_beams(tuned)
+        if beams > 1:
+            note(f"beam search with {beams} beams, as the model says; --beams 1 is faster and shows text as it comes")
+    if beams > 1:
         if options.stop or options.temperature > 0:
             raise InputError("expected --beams without --stop and --temperature")
         found = generate(
-            tuned, prompts, source=source, max_new_tokens=most, beams=options.beams,
+            tuned, prompts, source=source, max_new_tokens=most, beams=beams,
             length_penalty=options.length_penalty,
         )  # fmt: skip
         written = [codec.decode(tokens) for tokens in found.tokens]
@@ -92,7 +97,7 @@ def run_generation(
     document = _document(found, names, written, seconds)
     if live:
         note(speed(found, bool(source), seconds))
-    text = "" if live and len(prompts) == 1 and options.beams == 1 else _answers(names, written)
+    text = "" if live and len(prompts) == 1 and beams == 1 else _answers(names, written)
     return Reply(document, text)
 
 

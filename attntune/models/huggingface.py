@@ -118,7 +118,11 @@ def generation(settings: Mapping[str, Any], family: str, max_length: int = 0) ->
     never = settings.get("bad_words_ids") or []
     if any(len(word) != 1 for word in never):
         raise unsupported("bad_words_ids", never, "words of one token")
+    beams, penalty = settings.get("num_beams") or 1, settings.get("length_penalty")
+    if not isinstance(beams, int) or beams < 1:
+        raise unsupported("num_beams", beams, "a whole number of at least 1")
     return Generation(
         "encoder-decoder", start=integers(start), stop=integers(settings["eos_token_id"]), max_length=max_length,
         suppress=tuple(int(word[0]) for word in never), renormalize=bool(settings.get("renormalize_logits")),
+        beams=beams, length_penalty=1.0 if penalty is None else float(penalty),
     )  # fmt: skip

@@ -78,6 +78,10 @@ class Generation:
     renormalize: bool = False
     """Whether the probability of tokens that are not generated goes to the others; it matters to beam search, which
     multiplies probabilities."""
+    beams: int = 1
+    """Of the beam search that its authors decode by; 1: none."""
+    length_penalty: float = 1.0
+    """Of that search."""
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ class Generated:
 
 def generate(
     tuned: Any, prompts: Sequence[Sequence[int]], *, source: Mapping[str, np.ndarray] | None = None,
-    max_new_tokens: int = 128, sampling: Sampling | None = None, beams: int = 1, length_penalty: float = 1.0,
-    stop: Sequence[int] | None = None, cache: PromptCache | None = None,
+    max_new_tokens: int = 128, sampling: Sampling | None = None, beams: int | None = None,
+    length_penalty: float | None = None, stop: Sequence[int] | None = None, cache: PromptCache | None = None,
 ) -> Generated:  # fmt: skip
     """Write on from ``prompts``.
 
@@ -53,8 +53,9 @@ def generate(
         source: of an encoder-decoder, the inputs of its entry ``encode``, NumPy, as many rows as prompts.
         max_new_tokens: at most so many for each prompt.
         sampling: how tokens are drawn; greedy by default.
-        beams: more than 1: beam search with so many.
-        length_penalty: of beam search: scores are divided by length to this power.
+        beams: more than 1: beam search with so many. By default as many as the model's authors decode by, but 1 with
+            a temperature or a cache.
+        length_penalty: of beam search: scores are divided by length to this power; by default the model's.
         stop: token ids that end a sequence; by default the model's.
         cache: what earlier calls read and wrote, for a single prompt: the beginning that it shares with them is not
             read again. It holds this prompt and what is written after it then.
@@ -63,6 +64,9 @@ def generate(
         InputError: the model does not generate, an option is out of range, or prompts and new tokens are longer than
             the compiled cache or the model allows; before anything is run.
     """
+    if beams is None:
+        drawn = sampling is not None and sampling.temperature > 0
+        beams = 1 if drawn or cache is not None else usual_beams(tuned)
     if beams > 1:
         if cache is not None:
             raise InputError(f"expected either beams or the cache of an earlier call, got {beams} beams and a cache")
@@ -76,12 +80,17 @@ def generate(
     return found
 
 
+def usual_beams(tuned: Any) -> int:
+    """Of the beam search that the model's authors decode by; 1: none, as of artifacts that do not tell."""
+    return int((tuned.manifest.get("generation") or {}).get("beams", 1))
+
+
 def stream(
     tuned: Any, prompts: Sequence[Sequence[int]], *, source: Mapping[str, np.ndarray] | None = None,
     max_new_tokens: int = 128, sampling: Sampling | None = None, stop: Sequence[int] | None = None,
     timings: Generated | None = None, cache: PromptCache | None = None,
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
-    """Pairs of row and new token as they are written; see :func:`generate`, whose errors come at once."""
+    """Pairs of row and new token as they are written, never by beams; see :func:`generate`. Errors come at once."""
     ends, suppressed = _settings(tuned, prompts, max_new_tokens, stop)
     timings = timings or Generated([])
     start = time.perf_counter()
@@ -117,7 +126,7 @@ def _stream(
 
 def _by_beams(
     tuned: Any, prompts: Sequence[Sequence[int]], source: Mapping[str, np.ndarray] | None, longest: int, beams: int,
-    length_penalty: float, stop: Sequence[int] | None, sampling: Sampling | None,
+    length_penalty: float | None, stop: Sequence[int] | None, sampling: Sampling | None,
 ) -> Generated:  # fmt: skip
     if sampling is not None and sampling.temperature > 0:
         raise InputError("expected either beams or a temperature, got both")
@@ -126,7 +135,10 @@ def _by_beams(
     repeated = [prompt for prompt in prompts for _ in range(beams)]
     sources = {name: np.repeat(values, beams, axis=0) for name, values in (source or {}).items()}
     sequences = Sequences(tuned, repeated, sources, longest)
-    renormalize = bool(tuned.manifest["generation"].get("renormalize"))
+    own = tuned.manifest["generation"]
+    renormalize = bool(own.get("renormalize"))
+    if length_penalty is None:
+        length_penalty = float(own.get("length_penalty", 1.0))
     found = beam_search(sequences, beams, longest, ends, suppressed, length_penalty, renormalize)
     best = [options[0] for options in found]
     return Generated(

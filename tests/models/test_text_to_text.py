@@ -200,6 +200,7 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path, config, make, change, mes
         (MARIAN, {"decoder_ffn_dim": 99}, "decoder_ffn_dim 99 is not supported; expected 'encoder_ffn_dim 80'"),
         (MARIAN, {"d_model": None}, r"config\.json of a marian model lacks \['d_model'\]"),
         (MARIAN, {"eos_token_id": None}, r"of a marian model lacks \['eos_token_id'\]"),
+        (MARIAN, {"num_beams": 0.5}, "num_beams .* is not supported; expected 'a whole number of at least 1'"),
         (MARIAN, {"bad_words_ids": [[66], [3, 4]]}, "bad_words_ids .* is not supported; expected 'words of one token'"),
         (T5, {"feed_forward_proj": "gated-mish"}, "feed_forward_proj 'gated-mish' is not supported; expected one of"),
         (T5, {"is_encoder_decoder": False}, "is_encoder_decoder False is not supported; expected True"),
@@ -213,3 +214,11 @@ def test_a_field_that_is_not_supported_is_named(tmp_path, config, change, messag
     Path(folder / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(ModelError, match=message):
         from_pretrained(folder)
+
+
+def test_the_beam_search_of_the_authors_is_known(tmp_path):
+    folder = write(tmp_path, {**MARIAN, "num_beams": 6}, marian_tensors(MARIAN))
+    assert from_pretrained(folder).generation.beams == 6
+    Path(folder / "generation_config.json").write_text(json.dumps({"num_beams": 4, "length_penalty": 0.8}))
+    found = from_pretrained(folder).generation
+    assert (found.beams, found.length_penalty) == (4, 0.8)

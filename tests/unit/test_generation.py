@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -203,3 +205,15 @@ def test_beams_of_a_batch_equal_beams_alone(saved):
     assert (together.prompt_tokens, together.prefill_secs) == (4, 0.0)
     assert max(map(len, together.tokens)) <= together.decode_steps <= 6
     assert together.decode_secs > 0
+
+
+def test_beams_are_the_models_own_where_nothing_else_is_asked():
+    toy, searched = Toy(2), {"beams": 3, "length_penalty": 0.4}
+    plain = generate(toy, [[3]], max_new_tokens=6)
+    asked = generate(toy, [[3]], max_new_tokens=6, **searched)
+    toy.manifest["generation"] |= searched
+    assert generate(toy, [[3]], max_new_tokens=6) == dataclasses.replace(asked, decode_secs=mock.ANY)
+    assert generate(toy, [[3]], max_new_tokens=6, length_penalty=1.0).scores != asked.scores
+    assert generate(toy, [[3]], max_new_tokens=6, beams=1).tokens == plain.tokens
+    assert not generate(toy, [[3]], max_new_tokens=6, sampling=Sampling(1.0, seed=0)).scores
+    assert [token for _, token in stream(toy, [[3]], max_new_tokens=6)] == plain.tokens[0]

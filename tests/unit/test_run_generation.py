@@ -52,6 +52,18 @@ def test_several_texts_are_named_and_beams_are_searched(codec):
     assert len(reply.document["scores"]) == 1
 
 
+def test_beams_of_the_model_are_searched_and_that_is_said(capsys, codec):
+    toy = Toy(2)
+    asked = run_generation(toy, codec, ["ab"], [], Options(max_new_tokens=6, beams=3), live=True)
+    assert "as the model says" not in capsys.readouterr().err
+    toy.manifest["generation"]["beams"] = 3
+    reply = run_generation(toy, codec, ["ab"], [], Options(max_new_tokens=6), live=True)
+    assert (reply.text, reply.document["scores"]) == (asked.text, asked.document["scores"])
+    assert "3 beams, as the model says" in capsys.readouterr().err
+    for options in (Options(max_new_tokens=6, beams=1), Options(max_new_tokens=6, stop=("zz",))):
+        assert "scores" not in run_generation(toy, codec, ["ab"], [], options, live=False).document
+
+
 def test_a_row_ends_at_its_stop_string_while_others_go_on(codec):
     toy = Toy(4, stop=())
     prompts = [codec.encode("ab"), codec.encode("d")]
