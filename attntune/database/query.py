@@ -21,8 +21,8 @@ from attntune.target import PRESETS, Target
 from attntune.templates.template import ScheduleTemplate
 
 MAX_DISTANCE = 4.0
-"""A config is not transferred between shapes that differ, over all their dimensions, by more than 2 to this power:
-the template's default, made for the shape at hand, is the better guess then."""
+"""A config is not transferred between shapes that differ, over all their dimensions, by more than 2 to this power, nor
+between dtypes: the template's default, made for the shape at hand, is the better guess then."""
 
 _LIMITS = (
     "vector_bits", "vector_registers", "fmas_per_cycle", "bf16_dots_per_cycle", "l1d_bytes", "l2_bytes",
@@ -123,8 +123,9 @@ class Database:
     def lookup(self, workload: Workload, target: Target, template: ScheduleTemplate | None = None) -> Choice:
         """The config to build ``workload`` with on ``target``; always a member of the template's space.
 
-        Only configs whose latest record is correct are considered. A final round, in which configs were re-measured in
-        turns, counts before single measurements. Of equally fast configs the default wins, then the first by key.
+        Only configs whose latest record is correct are considered. Where the default was measured, another takes its
+        place by a final round alone, in which configs are re-measured in turns. Of equally fast configs the default
+        wins, then the first by key.
 
         Args:
             workload: what is to be built.
@@ -167,8 +168,11 @@ class Database:
             if place == (workload.key(), target.key()):
                 continue
             rank = _target_rank(target, self._entries[place][-1].record)
-            mismatches, distance = shape_distance(fields, json.loads(place[0]))
-            if rank is not None and distance <= MAX_DISTANCE:
+            theirs = json.loads(place[0])
+            mismatches, distance = shape_distance(fields, theirs)
+            dtypes = [name for name in {*fields, *theirs} if name.endswith("dtype")]
+            same = all(fields.get(name) == theirs.get(name) for name in dtypes)
+            if rank is not None and same and distance <= MAX_DISTANCE:
                 ranked.append((rank, mismatches, distance, place))
         for *_, place in sorted(ranked):
             if winner := self._winner(place, template, space):
@@ -179,7 +183,9 @@ class Database:
 def select(records: Sequence[TuningRecord]) -> TuningRecord | None:
     """The record whose config wins, of records of one workload, target and template in the order written.
 
-    Only configs whose latest record is correct take part; in the newest final round, if there is one.
+    Only configs whose latest record is correct take part; in the newest final round, if there is one. Without one the
+    default stays, if it was measured: one measurement after the other, a core that was taken away in between makes any
+    config look faster.
     """
     latest = {record.config: record for record in records}
     usable = {config: record for config, record in latest.items() if record.status is Status.CORRECT}
@@ -190,22 +196,24 @@ def select(records: Sequence[TuningRecord]) -> TuningRecord | None:
     if not usable:
         return None
     default = next((config for config, record in usable.items() if record.is_default), None)
+    if not finals and default is not None:
+        return usable[default]
     if finals:
         winner = pick_winner({config: record.run_secs for config, record in usable.items()}, default)
     else:
-        winner = _first_of_tied(usable, default)
+        winner = _first_of_tied(usable)
     return usable[winner] if winner is not None else None
 
 
-def _first_of_tied(records: Mapping[Config, TuningRecord], default: Config | None) -> Config:
-    """Of the configs within noise of the fastest, the default, else the first by key.
+def _first_of_tied(records: Mapping[Config, TuningRecord]) -> Config:
+    """Of the configs within noise of the fastest, the first by key.
 
     Measured one after the other, two configs are tied when the middle halves of their samples overlap.
     """
     fastest = min(records.values(), key=lambda record: (record.median_secs, record.config.key()))
     _, high = _middle_half(fastest)
     tied = [config for config, record in records.items() if _middle_half(record)[0] <= high]
-    return default if default in tied else min(tied, key=Config.key)
+    return min(tied, key=Config.key)
 
 
 def _middle_half(record: TuningRecord) -> tuple[float, float]:

@@ -23,16 +23,22 @@ def record(rows, secs=None, workload=TASK, **fields):
     samples = tuple(secs * (1 + 0.001 * i) for i in range(5)) if secs else ()
     return TuningRecord(
         workload.key(), "cpu/znver4/2", "attntune.templates.cpu.softmax:SoftmaxCpu", Config.of(rows=rows), status,
-        samples, time=f"2026-01-01T00:00:{rows:02d}+00:00", **fields,
+        samples, time="2026-01-02" if fields.get("final") else f"2026-01-01T00:00:{rows:02d}+00:00", **fields,
     )  # fmt: skip
 
 
 @pytest.fixture
 def database(tmp_path):
-    """Two workloads: one with a default and a faster config and a failure, one with a single config."""
+    """Two workloads: one with a default and a config that beat it, another and a failure, one with a single config."""
     path = tmp_path / "tuning.jsonl"
     Journal(path).extend(
-        [record(1, 4e-3, is_default=True), record(2, 1e-3), record(3, 2e-3), record(4), record(1, 5e-6, OTHER)]
+        [
+            record(1, 4e-3, is_default=True, final=True),
+            record(2, 1e-3, final=True),
+            record(3, 2e-3),
+            record(4),
+            record(1, 5e-6, OTHER),
+        ]
     )
     return path
 
@@ -78,7 +84,7 @@ class TestList:
 
 def test_merge_adds_what_is_missing(capsys, database, tmp_path):
     more, whole = tmp_path / "more.jsonl", tmp_path / "whole.jsonl"
-    Journal(more).extend([record(2, 1e-3), record(7, 3e-3)])
+    Journal(more).extend([record(2, 1e-3, final=True), record(7, 3e-3)])
     assert ask(capsys, "merge", database, more, "-o", whole)["added"] == 6
     assert ask(capsys, "merge", database, more, "-o", whole)["added"] == 0
     assert len(Journal(whole).load()) == 6

@@ -57,10 +57,18 @@ def test_ties_break_in_a_fixed_order():
     noisy = [record(t, (1.0 + d, 1.1 + d, 1.2 + d, 1.3 + d, 1.4 + d)) for t, d in ((16, 0.0), (2, 0.05), (4, 0.02))]
     for order in (noisy, noisy[::-1]):
         assert lookup(*order).config["tile"] == 16  # '{"tile":16}' sorts before '{"tile":2}'
-    default = record(8, (1.05, 1.15, 1.25, 1.35, 1.45), is_default=True)
-    assert lookup(*noisy, default).config["tile"] == 8
     clear = record(32, (0.5, 0.5, 0.5, 0.5))
-    assert lookup(*noisy, default, clear).config["tile"] == 32
+    assert lookup(*noisy, clear).config["tile"] == 32
+
+
+def test_without_a_final_round_the_default_stays():
+    default, faster = record(8, (1.0,) * 4, is_default=True), record(32, (0.5,) * 4)
+    choice = lookup(default, faster)
+    assert (choice.config["tile"], choice.source) == (8, "exact")
+    raced = [dataclasses.replace(r, final=True, time="2026-02-01") for r in (default, faster)]
+    assert lookup(default, faster, *raced).config["tile"] == 32
+    broken = record(8, status=Status.RUN_ERROR, is_default=True)
+    assert lookup(broken, faster).config["tile"] == 32
 
 
 def test_the_newest_final_round_decides():
@@ -93,6 +101,10 @@ def test_transfer_prefers_equal_categories_then_distance():
     other = record(4, workload=Scale(64, factor="three"))
     same = record(2, workload=Scale(128))
     assert lookup(other, same).config["tile"] == 2
+
+
+def test_no_transfer_between_dtypes():
+    assert lookup(record(4, workload=Scale(64, dtype="bfloat16"))).source == "default"
 
 
 def test_transfer_prefers_the_same_target():
