@@ -23,8 +23,8 @@ from attntune.templates.template import ScheduleTemplate
 MAX_DISTANCE = 4.0
 """A config is not transferred between shapes that differ, over all their dimensions, by more than 2 to this power, nor
 where more than sizes differ (dtypes, flags, activations): the template's default, made for the workload at hand, is the
-better guess then. (Of attention's 92 benchmarks on Emerald Rapids 7 had such a neighbour, of another layout or mask, that
-did not run on its default: theirs took 0.82 to 1.08 times as long as the own default, 1.000 times in the mean.)"""
+better guess then. (Of attention's 92 benchmarks on Emerald Rapids 7 had such a neighbour, of another layout or mask,
+whose config was not its default: it took 0.82 to 1.08 times as long as the own default, 1.000 times in the mean.)"""
 
 _LIMITS = (
     "vector_bits", "vector_registers", "fmas_per_cycle", "bf16_dots_per_cycle", "l1d_bytes", "l2_bytes",
