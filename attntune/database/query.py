@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -165,12 +166,14 @@ class Database:
 
     def _nearest(self, workload: Workload, target: Target, template: str, space: ConfigSpace) -> _Entry | None:
         ranked = []
-        fields = json.loads(workload.key())
+        # Keys leave out what is at its default.
+        unsaid = {field.name: field.default for field in dataclasses.fields(workload)}
+        fields = {**unsaid, **json.loads(workload.key())}
         for place in self._like.get((workload.op, template, target.kind), ()):
             if place == (workload.key(), target.key()):
                 continue
             rank = _target_rank(target, self._entries[place][-1].record)
-            mismatches, distance = shape_distance(fields, json.loads(place[0]))
+            mismatches, distance = shape_distance(fields, {**unsaid, **json.loads(place[0])})
             if rank is not None and mismatches == 0 and distance <= MAX_DISTANCE:
                 ranked.append((rank, distance, place))
         for *_, place in sorted(ranked):
@@ -224,27 +227,27 @@ def shape_distance(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[
     """How unlike two workloads of one operator are.
 
     Args:
-        ours: fields of a workload, as in its key.
+        ours: every field of a workload.
         theirs: fields of another.
 
     Returns:
-        How many other fields (dtypes, flags, activations) differ; and over all integer fields the sum of the absolute
-        logarithms, base 2, of their ratios.
+        How many fields differ in more than size (dtypes, flags, activations, a window where the other has none); and
+        over all sizes the sum of the absolute logarithms, base 2, of their ratios.
     """
     mismatches, distance = 0, 0.0
     for name in {*ours, *theirs}:
         a, b = ours.get(name), theirs.get(name)
         if a == b and type(a) is type(b):
             continue
-        if _is_count(a) and _is_count(b):
-            distance += abs(math.log2((abs(a) + (a == 0)) / (abs(b) + (b == 0))))
+        if _is_size(a) and _is_size(b):
+            distance += abs(math.log2(abs(a / b)))
         else:
             mismatches += 1
     return mismatches, distance
 
 
-def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_size(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value != 0
 
 
 def _operator(workload_key: str) -> str:

@@ -39,7 +39,7 @@ def test_workloads_of_a_template_share_the_names_of_its_features(script, precisi
     """One cost model learns from all of them."""
     target = Target.parse("znver4,cores=2")
     names = defaultdict(set)
-    for name in script.ARCHITECTURES:
+    for name in ("minilm-l6", "gpt2", "smollm2-135m", "vit-base", "whisper-tiny"):  # one of each kind
         for workload in script.workloads(name, precision):
             template = template_for(workload, target)
             config = template.default(workload, target)

@@ -102,6 +102,11 @@ def test_no_transfer_where_more_than_sizes_differ(other):
     assert lookup(record(4, workload=Scale(64, **other))).source == "default"
 
 
+def test_a_size_that_keys_leave_out_is_a_size():
+    assert lookup(record(4, workload=Scale(64, columns=128))).source == "transferred"
+    assert lookup(record(4, workload=Scale(64)), workload=Scale(64, columns=128)).source == "transferred"
+
+
 def test_transfer_prefers_the_same_target():
     elsewhere = dataclasses.replace(ZNVER4, arch="znver5", name="znver5")
     there, here = record(4, workload=W, target=elsewhere), record(2, workload=Scale(128))
@@ -151,7 +156,7 @@ def test_shape_distance():
     assert shape_distance(a, a) == (0, 0.0)
     assert shape_distance(a, {**a, "rows": 16}) == (0, 2.0)
     assert shape_distance(a, {**a, "rows": 1, "causal": False, "dtype": "bfloat16"}) == (2, 2.0)
-    assert shape_distance(a, {**a, "rows": 0}) == (0, 2.0)
+    assert shape_distance(a, {**a, "rows": 0}) == (1, 0.0)
 
 
 def test_the_users_records_come_before_shipped_ones(tmp_path, monkeypatch):
