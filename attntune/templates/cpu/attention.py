@@ -96,13 +96,13 @@ class AttentionCPU(ScheduleTemplate):
     def default(self, workload: Workload, target: Target) -> Config:
         """Register tiles of a dozen accumulators, blocks of about 96 queries and 256 keys, balanced cores.
 
-        Where two multiply-adds start in a cycle: blocks of 64 queries, or 48 where causal, and 64 keys.
+        Where two multiply-adds of 512 bits start in a cycle: blocks of 64 queries, or 48 where causal, and 64 keys.
         """
         w = _attention(workload)
         lanes, registers = target.lanes("float32"), target.vector_registers
         dims = held_dims(w.head_dim, target)
         query_vectors = math.ceil(w.q_len / lanes)
-        two = target.fmas_per_cycle >= 2 and registers >= 32
+        two = target.fmas_per_cycle >= 2 and target.vector_bits == 512
         sums, wide, height, length = 12, 3, 6, 256
         if two:
             # Narrow tiles leave more of them to skip beyond the diagonal.
