@@ -55,7 +55,7 @@ def run_generation(
         options: see :class:`Options`.
         live: print a single text as it is written.
     """
-    from attntune.runtime.generation import Generated, generate, usual_beams
+    from attntune.runtime.generation import Generated, generate, most_rows, usual_beams
     from attntune.runtime.sampling import Sampling
     from attntune.runtime.text import stream_text
 
@@ -65,8 +65,13 @@ def run_generation(
     beams = options.beams
     if beams is None:
         beams = 1 if options.stop or options.temperature > 0 else usual_beams(tuned)
+        own = int(tuned.manifest["generation"].get("beams", 1))
         if beams > 1:
             note(f"beam search with {beams} beams, as the model says; --beams 1 is faster and shows text as it comes")
+        elif own > most_rows(tuned):
+            note(
+                f"the likeliest token each time: the model says {own} beams, compiled is a batch of {most_rows(tuned)}"
+            )
     if beams > 1:
         if options.stop or options.temperature > 0:
             raise InputError("expected --beams without --stop and --temperature")

@@ -51,9 +51,10 @@ def load(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory
     """
     config = config_from_json(fields)
     settings = {**fields, **read_object(directory / "generation_config.json")}
+    begins = generation(settings, FAMILY, config.positions)
     model = build(
-        config, rename(config, fields, tensors), name, family=FAMILY,
-        generation=generation(settings, FAMILY, config.positions), shapes=usual_shapes(config),
+        config, rename(config, fields, tensors), name, family=FAMILY, generation=begins,
+        shapes=usual_shapes(config, sorted({1, 4, begins.beams})),
     )  # fmt: skip
     if not (directory / "tokenizer.json").is_file() and (directory / "source.spm").is_file():
         model.tokenizer = json.dumps(marian_tokenizer(directory), ensure_ascii=False)

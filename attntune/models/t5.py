@@ -47,9 +47,10 @@ def load(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory
     fields = {**_DEFAULTS, **fields}
     config, family = config_from_json(fields), fields["model_type"]
     settings = {**fields, **read_object(directory / "generation_config.json")}
+    begins = generation(settings, family)
     model = build(
-        config, rename(config, fields, tensors), name, family=family, generation=generation(settings, family),
-        shapes=usual_shapes(config),
+        config, rename(config, fields, tensors), name, family=family, generation=begins,
+        shapes=usual_shapes(config, sorted({1, 4, begins.beams})),
     )  # fmt: skip
     if not (directory / "tokenizer.json").is_file() and (directory / "spiece.model").is_file():
         model.tokenizer = json.dumps(t5_tokenizer(directory, config.vocab_size), ensure_ascii=False)

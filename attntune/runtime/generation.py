@@ -39,6 +39,11 @@ class Generated:
         """Of all prompts."""
         return sum(map(len, self.tokens))
 
+    def add(self, other: Generated) -> None:
+        """What was written for further prompts, one lot after the other."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
 
 def generate(
     tuned: Any, prompts: Sequence[Sequence[int]], *, source: Mapping[str, np.ndarray] | None = None,
@@ -53,8 +58,9 @@ def generate(
         source: of an encoder-decoder, the inputs of its entry ``encode``, NumPy, as many rows as prompts.
         max_new_tokens: at most so many for each prompt.
         sampling: how tokens are drawn; greedy by default.
-        beams: more than 1: beam search with so many. By default as many as the model's authors decode by, but 1 with
-            a temperature or a cache.
+        beams: more than 1: beam search with so many, of as many prompts at a time as the artifact has room for. By
+            default as many as the model's authors decode by, but 1 with a temperature or a cache, or where the artifact
+            has no room for them.
         length_penalty: of beam search: scores are divided by length to this power; by default the model's.
         stop: token ids that end a sequence; by default the model's.
         cache: what earlier calls read and wrote, for a single prompt: the beginning that it shares with them is not
@@ -81,8 +87,15 @@ def generate(
 
 
 def usual_beams(tuned: Any) -> int:
-    """Of the beam search that the model's authors decode by; 1: none, as of artifacts that do not tell."""
-    return int((tuned.manifest.get("generation") or {}).get("beams", 1))
+    """Of the beam search that the model's authors decode by, where the artifact has room for so many rows; else 1."""
+    beams = int((tuned.manifest.get("generation") or {}).get("beams", 1))
+    return beams if beams <= most_rows(tuned) else 1
+
+
+def most_rows(tuned: Any) -> int:
+    """Of all sequences that an artifact writes at once."""
+    buckets = (bucket["dims"] for bucket in tuned.manifest["buckets"] if bucket["entry"] == "decode")
+    return max((int(dims.get("batch", 1)) for dims in buckets), default=1)
 
 
 def stream(
@@ -131,6 +144,14 @@ def _by_beams(
     if sampling is not None and sampling.temperature > 0:
         raise InputError("expected either beams or a temperature, got both")
     ends, suppressed = _settings(tuned, prompts, longest, stop)
+    together = max(1, most_rows(tuned) // beams)
+    if len(prompts) > together:
+        whole = Generated([])
+        for first in range(0, len(prompts), together):
+            some = slice(first, first + together)
+            sources = {name: values[some] for name, values in (source or {}).items()}
+            whole.add(_by_beams(tuned, prompts[some], sources, longest, beams, length_penalty, stop, sampling))
+        return whole
     start = time.perf_counter()
     repeated = [prompt for prompt in prompts for _ in range(beams)]
     sources = {name: np.repeat(values, beams, axis=0) for name, values in (source or {}).items()}

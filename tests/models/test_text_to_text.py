@@ -222,3 +222,8 @@ def test_the_beam_search_of_the_authors_is_known(tmp_path):
     Path(folder / "generation_config.json").write_text(json.dumps({"num_beams": 4, "length_penalty": 0.8}))
     found = from_pretrained(folder).generation
     assert (found.beams, found.length_penalty) == (4, 0.8)
+
+
+def test_the_usual_shapes_have_room_for_the_beams(tmp_path):
+    model = from_pretrained(write(tmp_path, {**MARIAN, "num_beams": 6}, marian_tensors(MARIAN)))
+    assert {shape["batch"] for shape in model.shapes} == {1, 4, 6}

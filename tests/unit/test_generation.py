@@ -217,3 +217,15 @@ def test_beams_are_the_models_own_where_nothing_else_is_asked():
     assert generate(toy, [[3]], max_new_tokens=6, beams=1).tokens == plain.tokens
     assert not generate(toy, [[3]], max_new_tokens=6, sampling=Sampling(1.0, seed=0)).scores
     assert [token for _, token in stream(toy, [[3]], max_new_tokens=6)] == plain.tokens[0]
+
+
+def test_beams_of_more_prompts_than_there_is_room_for_take_turns():
+    roomy, small = Toy(2, batches=(1, 4, 8)), Toy(2, batches=(1, 4))
+    prompts = [[1, 2, 3], [4], [5, 1]]
+    found = generate(small, prompts, max_new_tokens=6, beams=3)
+    expected = [generate(roomy, [prompt], max_new_tokens=6, beams=3) for prompt in prompts]
+    assert found.tokens == [one.tokens[0] for one in expected]
+    assert found.scores == [one.scores[0] for one in expected]
+    assert (found.prompt_tokens, found.decode_steps) == (6, sum(one.decode_steps for one in expected))
+    small.manifest["generation"]["beams"] = 5
+    assert generate(small, prompts, max_new_tokens=6).tokens == [small.greedy(prompt, 6) for prompt in prompts]

@@ -60,6 +60,9 @@ def test_beams_of_the_model_are_searched_and_that_is_said(capsys, codec):
     reply = run_generation(toy, codec, ["ab"], [], Options(max_new_tokens=6), live=True)
     assert (reply.text, reply.document["scores"]) == (asked.text, asked.document["scores"])
     assert "3 beams, as the model says" in capsys.readouterr().err
+    toy.manifest["generation"]["beams"] = 9
+    run_generation(toy, codec, ["ab"], [], Options(max_new_tokens=6), live=True)
+    assert "the model says 9 beams, compiled is a batch of 8" in capsys.readouterr().err
     for options in (Options(max_new_tokens=6, beams=1), Options(max_new_tokens=6, stop=("zz",))):
         assert "scores" not in run_generation(toy, codec, ["ab"], [], options, live=False).document
 
