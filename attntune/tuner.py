@@ -58,6 +58,7 @@ def tune(
     seed: int = 0,
     shapes: Sequence[Shape] | None = None,
     entries: Sequence[str] | None = None,
+    operators: Sequence[str] | None = None,
     cache: str = "hot",
     precision: str = "float32",
     runner: Runner | None = None,
@@ -84,6 +85,7 @@ def tune(
         shapes: of a model, as :func:`attntune.compile` takes them, e.g. ``[{"batch": 1, "seq": 128}]``. By default
             ``model.shapes``, or batch 1 with 128 positions where it has none.
         entries: entry points of a model; by default those that are compiled unasked.
+        operators: tune no others, such as ``["attention"]``; by default all.
         cache: ``hot`` or ``cold``; of the runner that is made here.
         precision: of a model, as :func:`attntune.compile` takes it.
         runner: where trials run; by default this machine. One that is given stays open, except after an interrupt.
@@ -110,6 +112,11 @@ def tune(
     if precision != "float32":
         model = _at_precision(model, precision, where, on_progress)
     calls = _workloads(model, shapes, entries)
+    if operators is not None:
+        known_operators = sorted({workload.op for workload in calls})
+        if unknown := sorted({*operators} - {*known_operators}):
+            raise TuningError(f"unknown operators {unknown}; expected some of {known_operators}")
+        calls = {workload: n for workload, n in calls.items() if workload.op in operators}
     journal = Journal(Path(database))
     known = journal.load()
     own_runner = runner is None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +26,7 @@ from attntune.database.maintenance import winners
 from attntune.errors import AttntuneError
 from attntune.models import bert, decoder, encoder_decoder, gpt2, llama, vit, whisper
 from attntune.models.model import Model
-from attntune.models.precision import PRECISIONS, at_precision, supported
-from attntune.ops.workload import Workload
+from attntune.models.precision import PRECISIONS, supported
 from attntune.progress import TrialDone
 from attntune.target import Target
 from attntune.tuner import tune
@@ -159,27 +158,16 @@ def tuned(
     name: str, target: Target, precision: str, seconds: float, journal: Path, seed: int, operators: Sequence[str] | None
 ) -> None:
     """Tune one architecture, or its calls of some operators, into ``journal``."""
-    found = {w: calls for w, calls in workloads(name, precision).items() if operators is None or w.op in operators}
-    if not found:
-        print(f"{name} {precision}: nothing of {operators}")
-        return
-    summary = tune(found, target=target, seconds=seconds, database=journal, seed=seed, on_event=_say_failures)
+    architecture = ARCHITECTURES[name]
+    summary = tune(
+        architecture.build(architecture.fields), target=target, precision=precision, shapes=architecture.shapes,
+        operators=operators, seconds=seconds, database=journal, seed=seed, on_event=_say_failures,
+    )  # fmt: skip
     print(
         f"{name} {precision}: {len(summary.results)} workloads, {summary.trials} trials, {summary.elapsed_secs:.0f} s"
     )
     if summary.interrupted:
         raise KeyboardInterrupt
-
-
-def workloads(name: str, precision: str) -> dict[Workload, int]:
-    """Every workload of an architecture, of all shapes, and how many calls of it a layer has."""
-    architecture = ARCHITECTURES[name]
-    model = at_precision(architecture.build(architecture.fields), precision)
-    counts: Counter[Workload] = Counter()
-    for entry, spec in model.entries.items():
-        if not spec.on_request:
-            counts.update(model.workloads(architecture.shapes, entry))
-    return dict(counts)
 
 
 def _say_failures(event: Any) -> None:

@@ -115,6 +115,11 @@ class TestSearching:
         assert second.trials[0].is_default
         assert second.trials[1].config == best
 
+    def test_operators_that_are_not_asked_for_are_not_tuned(self, database):
+        assert [result.workload for result in tune(TOY, database, trials=2, operators=["toy"]).results] == [TOY]
+        with pytest.raises(TuningError, match=r"unknown operators \['linear'\]; expected some of \['toy'\]"):
+            tune(TOY, database, trials=2, operators=["linear"])
+
     def test_the_heavier_workload_gets_more_trials(self, database):
         light, heavy = Toy(n=384), Toy(n=1536)
         summary = tune({light: 1, heavy: 3}, database, trials=60, searcher="evolutionary")
