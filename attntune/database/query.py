@@ -198,10 +198,11 @@ def select(records: Sequence[TuningRecord]) -> TuningRecord | None:
     if not usable:
         return None
     default = next((config for config, record in usable.items() if record.is_default), None)
-    if not finals and default is not None:
-        return usable[default]
+    winner: Config | None
     if finals:
         winner = pick_winner({config: record.run_secs for config, record in usable.items()}, default)
+    elif default is not None:
+        winner = default
     else:
         winner = _first_of_tied(usable)
     return usable[winner] if winner is not None else None

@@ -279,7 +279,7 @@ class LinearCPU(ScheduleTemplate):
             "apart": float(config.get("apart", False)),
             "unpack": float(config.get("unpack", False)),
             "widen": float(config.get("widen", False)),
-            "prefetch": float(config.get("prefetch", 0)),
+            "prefetch": float(config["prefetch"]),
             "amx": float(config.get("amx", False)),
             "registers": (rows * vectors * config.integer("chains") + vectors) / target.vector_registers,
             "sums": float(rows * vectors * config.integer("chains")),

@@ -16,11 +16,6 @@ LATENCY = 8
 _SHORT_FEATURES = 768
 
 
-def many_registers(target: Target) -> bool:
-    """Whether it has the 32 of AVX-512 and NEON, not the 16 of AVX2."""
-    return target.vector_registers >= 32
-
-
 def pieces(extent: int, size: int) -> list[tuple[int, int]]:
     """Pieces of ``extent`` and how many there are of each: whole ones, and the tail."""
     whole, tail = divmod(extent, size)
@@ -58,9 +53,9 @@ def step_cost(rows: int, vectors: int, chains: int, target: Target) -> float:
     panel = 0.25 * vectors * (target.fmas_per_cycle - 1)
     started = 0.75 * loads
     crowded = (multiply_adds * chains + vectors) / target.vector_registers > 0.86
-    if not many_registers(target):
-        # A broadcast counts twice, and no register is too many. (2 cores of Zen 3, 240×384→1152, GFLOP/s: 170 with 4×3,
-        # 164 with 6×2, 117 with 8×1, 98 with 12×1.)
+    if target.vector_registers < 32:
+        # AVX2: a broadcast counts twice, no register is too many. (2 cores of Zen 3, 240×384→1152, GFLOP/s: 170 with
+        # 4×3, 164 with 6×2, 117 with 8×1, 98 with 12×1.)
         started, crowded = 0.9 * (2 * rows + vectors), False
     return (max(multiply_adds, started, LATENCY / chains) + 0.05 * loads + panel) * (1.15 if crowded else 1.0)
 

@@ -45,7 +45,7 @@ class _Groups(LinearKernel):
             for v in range(panels.count * self.parts):
                 at = [self._part(panels, v), first // stored.group + n, 0]
                 words = weight.vload(at, dtype=f"int32x{self.lanes}")
-                if self.prefetch:
+                if self.prefetch:  # as it is stored, from memory, however often what is unpacked is read then
                     self.v.prefetch(weight, [at[0], at[1] + self.prefetch, 0], 2)
                 for j in range(elements):
                     element(v, first + n * stored.group + j, stored.unpacked(words, j, self.lanes))

@@ -60,7 +60,7 @@ class LinearKernel:
         self.unroll = config.integer("k_unroll")
         self.row_block = config.integer("row_block")
         self.chains = config.integer("chains")
-        self.prefetch = int(config.get("prefetch", 0))
+        self.prefetch = config.integer("prefetch")
         self.prefetch_level = 2 if w.rows <= FEW_ROWS else 1
         self.apart = bool(config.get("apart", False))
         self.parts = 2 if w.gated else 1
