@@ -27,6 +27,17 @@ The same on 2 cores of Emerald Rapids, GB/s of the 25 it reads, keys and values 
     + pairs widened once for four rows, all of a head
       in one pass over the values                    23    21         22    18
     + scores of 16 keys and four rows by AMX: 22 to 28 % faster from caches, 8 % slower from memory, left out
+
+The same on 2 cores of Zen 3 (AVX2: the sums of four rows do not fit its 16 registers), GB/s of about 25 from memory,
+2,048 keys, float32; of one row it reads 24 to 26 throughout, and asking ahead takes 5 % of that:
+
+    heads                                             9/3   32/8   32/8 of 128
+    as for one row: blocks of 8 keys                   12     14     10
+    + blocks of 64 keys, asked for 16 ahead, and sums
+      between blocks in memory: LLVM would carry all
+      of them through every loop, most of them on the
+      stack; three rows together where there are three 17     21     13
+    asked for a whole block ahead                      15     18     13
 """
 
 from __future__ import annotations
@@ -72,7 +83,7 @@ class AttentionDecodeCPU(ScheduleTemplate):
             Knob("splits", tuple(s for s in splits if s == 1 or s <= most)),
             Knob("key_vectors", blocks),
             Knob("score_rows", tuple(r for r in (1, 2, 4) if r == 1 or r <= rows)),
-            Knob("out_rows", tuple(r for r in (1, 2, 4) if r == 1 or r <= rows)),
+            Knob("out_rows", tuple(r for r in (1, 2, 3, 4) if r <= rows)),
             Knob("prefetch", (0, _AHEAD)),
         ]
         return ConfigSpace(knobs, [])
@@ -80,16 +91,23 @@ class AttentionDecodeCPU(ScheduleTemplate):
     def default(self, workload: Workload, target: Target) -> Config:
         """The fewest splits that keep every core busy; small blocks, and keys read once for as many rows as fit.
 
-        Keys and values take turns in small pieces, so that both streams stay with the prefetchers.
+        Keys and values take turns in small pieces, so that both streams stay with the prefetchers. Where several rows
+        share a key and registers are few, a block's own cost counts for more than that.
         """
         w = _attention(workload)
+        rows = w.q_len * (w.heads // w.kv_heads)
+        crowded = rows > 1 and target.vector_registers < 32
+        wanted, asks = (8, True) if crowded else (1, asks_ahead(target))
 
         def cost(config: Config) -> tuple[float, str]:
             tasks = w.batch * w.kv_heads * config.integer("splits")
             imbalance = math.ceil(tasks / target.cores) * target.cores / tasks
-            block = 1.0 + 0.02 * math.log2(config.integer("key_vectors"))
-            held = 1.0 + 0.02 / config.integer("out_rows") + 0.02 / config.integer("score_rows")
-            asked = 1.0 if bool(config["prefetch"]) == asks_ahead(target) else 1.01
+            block = 1.0 + 0.02 * abs(math.log2(config.integer("key_vectors") / wanted))
+            together = config.integer("out_rows")
+            held = 1.0 + 0.02 / together + 0.02 / config.integer("score_rows")
+            # Rows that are summed for nothing, to fill the last tile.
+            held += 0.02 * (math.ceil(rows / together) * together / rows - 1)
+            asked = 1.0 if bool(config["prefetch"]) == asks else 1.01
             return imbalance * block * held * asked * (1.0 + 0.01 * config.integer("splits")), config.key()
 
         return min(self.space(workload, target), key=cost)

@@ -38,6 +38,9 @@ class DecodeKernel:
         self.paired = self.halved and (self.rows == 1 or not bf16.slower_than_float32(target))
         held = max(1, (target.vector_registers - 2) // (self.out_rows + (self.out_rows > 1)))
         self.dims_held = held - held % 2 if self.halved and held > 1 else held
+        #: Whether registers hold the weighted sums of all rows. Where they do not, LLVM must not try to keep them there
+        #: from block to block: they lie beside the scores, in a buffer that is written all the time.
+        self.sums_fit = self.padded_rows * self.dims <= target.vector_registers
         self.modify = w.modification() if w.score_mod else None
         #: Whether scores are more than scaled products.
         self.general = bool(w.softcap or w.bias_heads or w.alibi or w.score_mod)
@@ -93,23 +96,26 @@ class DecodeKernel:
         *lead, at = self._at(self.b, head, row, 2 * part * self.lanes)
         return self.pairs[name].vload([*lead, at // 2], dtype=f"int32x{self.lanes}")
 
-    def _vectors(self, name: str, row: Any, dims: range) -> dict[int, Any]:
-        """Vectors of a row of the key or value head; lanes past the head's end repeat its last element."""
+    def _vectors(self, name: str, row: Any, low: Any, count: int) -> list[Any]:
+        """``count`` vectors of a row of the key or value head, from vector ``low`` on.
+
+        Lanes past the head's end repeat its last element; ``low`` is then a number, else it may be an expression.
+        """
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
-        lanes, buffer, vectors = self.lanes, self.operand[name], {}
-        for dim in dims:
+        lanes, buffer, vectors = self.lanes, self.operand[name], []
+        for dim in (low + e for e in range(count)):
             if self.halved:
-                if dim % 2 == 0 or dim == dims.start:
-                    pairs = T.bind(self._pair(name, self.head, row, dim // 2))
-                vectors[dim] = bf16.from_pairs(pairs, lanes)[dim % 2]
-            elif (dim + 1) * lanes <= self.w.head_dim:
-                vectors[dim] = self.v.load(buffer, self._at(self.b, self.head, row, dim * lanes))
+                if len(vectors) % 2 == 0:
+                    pairs = bf16.from_pairs(T.bind(self._pair(name, self.head, row, dim // 2)), lanes)
+                vectors.append(pairs[len(vectors) % 2])
+            elif not isinstance(dim, int) or (dim + 1) * lanes <= self.w.head_dim:
+                vectors.append(self.v.load(buffer, self._at(self.b, self.head, row, dim * lanes)))
             else:
                 columns = [min(dim * lanes + lane, self.w.head_dim - 1) for lane in range(lanes)]
                 elements = [buffer[tuple(self._at(self.b, self.head, row, c))] for c in columns]
-                vectors[dim] = tirx.Shuffle(elements, list(range(lanes)))
+                vectors.append(tirx.Shuffle(elements, list(range(lanes))))
         return vectors
 
     # -- one split of the keys of one head -----------------------------------------------------------------------------
@@ -136,7 +142,8 @@ class DecodeKernel:
         end = T.bind(T.min(start + blocks * self.key_block, high))
         self.end = end
 
-        self.p = T.sblock_alloc_buffer((self.padded_rows, self.key_block), "float32")
+        beside = 0 if self.sums_fit else self.dims * lanes
+        self.p = T.sblock_alloc_buffer((self.padded_rows, self.key_block + beside), "float32")
         self.alpha = T.sblock_alloc_buffer((self.padded_rows,), "float32")
         if not self.paired:
             self._scale_queries()
@@ -144,9 +151,18 @@ class DecodeKernel:
             T.buffer_store(self.top, tirx.const(FLOOR, "float32"), [task, r])
             T.buffer_store(self.total, tirx.const(0.0, "float32"), [task, r])
             for dim in range(self.dims):
-                v.store(self.part, [task, r, dim * lanes], v.splat(0.0))
+                v.store(*self._sum(r, dim), v.splat(0.0))
         with T.serial((T.max(end - start, 0) + (self.key_block - 1)) // self.key_block) as kb:
             self._block(T.bind(start + kb * self.key_block))
+        if not self.sums_fit:
+            with T.serial(self.padded_rows) as r:
+                for dim in range(self.dims):
+                    v.store(self.part, [task, r, dim * lanes], v.load(*self._sum(r, dim)))
+
+    def _sum(self, r: Any, dim: Any) -> tuple[Any, list[Any]]:
+        """Buffer and place of a vector of row ``r``'s weighted sums, as long as the split is at work."""
+        at = dim * self.lanes
+        return (self.part, [self.task, r, at]) if self.sums_fit else (self.p, [r, self.key_block + at])
 
     def _scale_queries(self) -> None:
         """All rows' queries in the units of scores, zeros past the head's end."""
@@ -185,7 +201,7 @@ class DecodeKernel:
             self._softmax(r, tiles)
         with T.serial(self.padded_rows // self.out_rows) as rt:
             for low in range(0, self.dims, self.dims_held):
-                self._out_tile(start, keys, rt, range(low, min(low + self.dims_held, self.dims)))
+                self._out_tile(start, keys, rt, low, min(self.dims_held, self.dims - low))
 
     def _ask_for(self, j: Any) -> None:
         """A key and its value, to the second-level cache."""
@@ -218,10 +234,10 @@ class DecodeKernel:
         count = w.head_dim // (2 * lanes) if self.paired else self.dims
         shared = 2 if self.halved and not self.paired else 1
 
-        def key(j: Any, parts: range) -> dict[int, Any]:
+        def key(j: Any, parts: range) -> list[Any]:
             if self.paired:
-                return {part: self._pair("key", self.head, j, part) for part in parts}
-            return self._vectors("key", j, parts)
+                return [self._pair("key", self.head, j, part) for part in parts]
+            return self._vectors("key", j, parts.start, len(parts))
 
         products = T.sblock_alloc_buffer((lanes, lanes), "float32", scope="local")
         sums = []
@@ -231,7 +247,7 @@ class DecodeKernel:
                 dims = range(low, low + shared)
                 queries = {(r, dim): query(r, dim) for r in range(rows) for dim in dims}
                 for a in range(together):
-                    for dim, loaded in key(keys[a], dims).items():
+                    for dim, loaded in zip(dims, key(keys[a], dims), strict=True):
                         components = T.bind(loaded) if rows > 1 else loaded
                         for r in range(rows):
                             at = [r * together + a, 0]
@@ -297,33 +313,46 @@ class DecodeKernel:
         T.buffer_store(self.top, best[0, 0], [task, r])
         T.buffer_store(self.total, self.total[task, r] * self.alpha[r] + added[0, 0], [task, r])
 
-    def _out_tile(self, start: Any, keys: Any, rt: Any, dims: range) -> None:
+    def _out_tile(self, start: Any, keys: Any, rt: Any, low: Any, count: int) -> None:
+        """Weighted sums of ``out_rows`` rows over ``count`` vectors of the head, from vector ``low`` on."""
         from tvm.tirx.script.builder import ir as T
 
         v, lanes, rows = self.v, self.lanes, self.out_rows
-        acc = T.sblock_alloc_buffer((rows, len(dims), lanes), "float32", scope="local")
+        acc = T.sblock_alloc_buffer((rows, count, lanes), "float32", scope="local")
         row = [T.bind(T.min(rt * rows + a, self.rows - 1)) for a in range(rows)]
         for a in range(rows):
-            for e, dim in enumerate(dims):
-                kept = v.load(self.part, [self.task, rt * rows + a, dim * lanes]) * v.broadcast(self.alpha[row[a]])
-                v.store(acc, [a, e, 0], kept)
+            for e in range(count):
+                kept = v.load(*self._sum(rt * rows + a, low + e))
+                v.store(acc, [a, e, 0], kept * v.broadcast(self.alpha[row[a]]))
         with T.serial(keys) as j:
-            if self.prefetch and dims.start == 0:
-                if self.padded_rows == rows:
-                    self._ask_for(start + j + self.prefetch)
-                else:
-                    with T.If(rt == 0), T.Then():
-                        self._ask_for(start + j + self.prefetch)
-            values = self._vectors("value", start + j, dims)
+            if self.prefetch:
+                self._ask_once(start + j + self.prefetch, rt, low)
+            values = self._vectors("value", start + j, low, count)
             if rows > 1:
-                values = {dim: T.bind(value) for dim, value in values.items()}
+                values = [T.bind(value) for value in values]
             for a in range(rows):
-                for e, dim in enumerate(dims):
-                    product = v.broadcast(self.p[row[a], j]) * values[dim]
+                for e, value in enumerate(values):
+                    product = v.broadcast(self.p[row[a], j]) * value
                     v.store(acc, [a, e, 0], v.load(acc, [a, e, 0]) + product)
         for a in range(rows):
-            for e, dim in enumerate(dims):
-                v.store(self.part, [self.task, rt * rows + a, dim * lanes], v.load(acc, [a, e, 0]))
+            for e in range(count):
+                v.store(*self._sum(rt * rows + a, low + e), v.load(acc, [a, e, 0]))
+
+    def _ask_once(self, j: Any, rt: Any, low: Any) -> None:
+        """Of all tiles of a key's weighted sums, the first asks for key ``j``."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        first = [rt == 0] if self.padded_rows > self.out_rows else []
+        if not isinstance(low, int):
+            first.append(low == 0)
+        elif low:
+            return
+        if not first:
+            self._ask_for(j)
+            return
+        with T.If(tirx.all(*first)), T.Then():
+            self._ask_for(j)
 
     # -- results -------------------------------------------------------------------------------------------------------
 

@@ -26,8 +26,9 @@ define linkonce_odr i32 @attntune_prefetch_2(ptr %line) alwaysinline {
 def asks_ahead(target: Target) -> bool:
     """Whether kernels ask for what they read before they read it, as long as nothing was measured.
 
-    It pays on Emerald Rapids; on Zen 4 and Zen 3 it cost more than it brought. See the ladders in ``linear.py`` and
-    ``attention_decode.py``. A vector of 512 bits is a line of the cache, asked for once.
+    It pays on Emerald Rapids; on Zen 4 and Zen 3 it cost more than it brought, but for decoding with grouped heads on
+    the latter. See the ladders in ``linear.py`` and ``attention_decode.py``. A vector of 512 bits is a line of the
+    cache, asked for once.
     """
     return target.fmas_per_cycle >= 2 and target.vector_bits == 512
 
