@@ -111,8 +111,11 @@ ARCHITECTURES = {
         _gpt2,
         _shapes(_DECODER, context=1024),
     ),
-    "smollm2-135m": Architecture(_sizes(49152, 576, 9, 3, 1536, 2048), _llama, _shapes(_DECODER, context=1024)),
-    "smollm2-360m": Architecture(_sizes(49152, 960, 15, 5, 2560, 2048), _llama, _shapes(_DECODER[:4], context=1024)),
+    "smollm2-135m": Architecture(
+        _sizes(49152, 576, 9, 3, 1536, 8192), _llama,
+        (*_shapes(_DECODER, context=1024), *_shapes(["1x1", "1x2048", "1x4096"], context=4096)),
+    ),
+    "smollm2-360m": Architecture(_sizes(49152, 960, 15, 5, 2560, 8192), _llama, _shapes(_DECODER[:4], context=1024)),
     "tinyllama-1.1b": Architecture(
         _sizes(32000, 2048, 32, 4, 5632, 4096), _llama, _shapes(["1x1", "1x16", "1x128", "1x512"], context=4096)
     ),

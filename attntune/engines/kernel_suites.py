@@ -41,7 +41,7 @@ def gemv(target: Target, dtypes: Sequence[str]) -> Iterator[KernelCase]:
 
 def attention(target: Target, dtypes: Sequence[str]) -> Iterator[KernelCase]:
     """12 heads of 64, batch 1 and 4, self-attention, causal or not: batch × length."""
-    for dtype in dtypes:
+    for dtype in _without_weights(dtypes):
         for causal in (False, True):
             for batch in (1, 4):
                 for length in LENGTHS:
@@ -53,7 +53,7 @@ def attention(target: Target, dtypes: Sequence[str]) -> Iterator[KernelCase]:
 
 def decode(target: Target, dtypes: Sequence[str]) -> Iterator[KernelCase]:
     """One query over a cache of keys and values, heads of 64: bound by memory."""
-    for dtype in dtypes:
+    for dtype in _without_weights(dtypes):
         for heads, kv_heads in ((12, 12), (32, 8)):
             for length in CACHE_LENGTHS:
                 yield _case(
@@ -69,6 +69,11 @@ KERNEL_SUITES: dict[str, Callable[[Target, Sequence[str]], Iterator[KernelCase]]
     "attention": attention,
     "decode": decode,
 }
+
+
+def _without_weights(dtypes: Sequence[str]) -> list[str]:
+    """Those that operands without a weight may have."""
+    return [dtype for dtype in dtypes if dtype not in _WEIGHTS]
 
 
 def _linear(dtype: str, rows: int, in_features: int, out_features: int) -> KernelCase:

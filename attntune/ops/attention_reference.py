@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 #: Scores (batch · heads · queries · keys) up to which :func:`sample` computes everything: some 0.1 GB, some seconds.
 SAMPLED_SCORES = 1 << 22
+_SCORES_AT_A_TIME = 1 << 24
+"""Scores that are held at a time, if need be those of one head: 0.1 GB, a few times over."""
 _RUNS = 4
 """Runs of queries that are sampled of each head: the first, the last, and others between."""
 
@@ -21,20 +23,23 @@ def reference(w: Attention, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
     """Out and, if ``w`` has them, the weights; shapes as ``w.outputs()``."""
     operands = dict(zip((spec.name for spec in w.inputs()), inputs, strict=True))
     query, key, value = _by_head(w, operands)
-    if not w.ragged:
-        weights = _weights(w, operands, query, key)
-        context = np.einsum("bhij,bhjd->bhid", weights, value)
-    else:
-        context = np.zeros_like(query)
-        offsets = operands["offsets"]
-        for b, (start, end) in enumerate(pairwise(offsets)):
-            rows = slice(int(start), int(end))
-            if end > start:
-                weights = _weights(w, operands, query[:, :, rows], key[:, :, rows], b)
-                context[:, :, rows] = np.einsum("bhij,bhjd->bhid", weights, value[:, :, rows])
+    context = np.zeros_like(query)
+    weights = np.zeros((w.batch, w.heads, w.q_len, w.kv_len)) if w.weights else None
+    bounds = pairwise(operands["offsets"]) if w.ragged else ((0, None),)
+    for b, (start, end) in enumerate(bounds):
+        rows = slice(start, end)
+        parts = [x[:, :, rows] for x in (query, key, value)]
+        scores = w.batch * parts[0].shape[2] * parts[1].shape[2]
+        together = max(1, _SCORES_AT_A_TIME // max(scores, 1))
+        for first in range(0, w.heads if scores else 0, together):
+            heads = slice(first, first + together)
+            shares = _weights(w, operands, parts[0][:, heads], parts[1][:, heads], heads, b)
+            context[:, heads, rows] = shares @ parts[2][:, heads]
+            if weights is not None:
+                weights[:, heads] = shares
     out = context if w.layout == "bhsd" else context.transpose(0, 2, 1, 3)
     out = np.ascontiguousarray(out).reshape(w.outputs()[0].shape)
-    return (out, weights) if w.weights else (out,)
+    return (out,) if weights is None else (out, weights)
 
 
 def _by_head(w: Attention, operands: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -53,12 +58,12 @@ def _by_head(w: Attention, operands: Mapping[str, np.ndarray]) -> list[np.ndarra
 
 
 def _weights(
-    w: Attention, operands: Mapping[str, np.ndarray], query: np.ndarray, key: np.ndarray, b: int = 0
+    w: Attention, operands: Mapping[str, np.ndarray], query: np.ndarray, key: np.ndarray, of: slice, b: int
 ) -> np.ndarray:
-    """The softmax (batch, heads, queries, keys); of sequence ``b`` alone in a ragged batch."""
+    """The softmax (batch, heads, queries, keys) of the heads ``of``; of sequence ``b`` alone in a ragged batch."""
     from attntune.ops.attention import FLOOR
 
-    scores = np.einsum("bhid,bhjd->bhij", query, key) * w.scaling
+    scores = query @ key.swapaxes(-1, -2) * w.scaling
     i = np.arange(query.shape[2])[:, None]
     j = np.arange(key.shape[2])[None, :]
     lengths = np.asarray(operands.get("lengths", [w.kv_len]), np.int64)[:, None, None, None]
@@ -68,13 +73,14 @@ def _weights(
     if w.softcap:
         scores = w.softcap * np.tanh(scores / w.softcap)
     if w.bias_heads:
-        scores = scores + np.asarray(operands["bias"], np.float64)
+        bias = np.asarray(operands["bias"], np.float64)
+        scores = scores + (bias[:, of] if w.bias_heads > 1 else bias)
     if w.alibi:
-        scores = scores + np.asarray(operands["slopes"], np.float64)[None, :, None, None] * (j - at)
+        scores = scores + np.asarray(operands["slopes"], np.float64)[None, of, None, None] * (j - at)
     if w.score_mod:
         modify = w.modification()
         batch = np.arange(b, b + scores.shape[0])[:, None, None, None]
-        heads = np.arange(w.heads)[None, :, None, None]
+        heads = np.arange(w.heads)[None, of, None, None]
         scores = getattr(modify, "reference", modify)(scores, batch, heads, i, j)
     allowed = np.ones(scores.shape, bool)
     if w.mask:

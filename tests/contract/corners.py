@@ -81,6 +81,7 @@ CORNERS: dict[str, tuple[Workload, ...]] = {
         Attention(3, 2, 67, 67, 16, packed=True, lengths="qkv", causal=True),
         Attention(3, 4, 1, 150, 64, kv_heads=2, lengths="kv"),
         Attention(2, 6, 3, 131, 40, kv_heads=2, layout="bhsd", lengths="kv", causal=True, alibi=True, window=70),
+        Attention(1, 6, 1, 90, 64, kv_heads=2, layout="bhsd", lengths="kv"),
         Attention(2, 2, 7, 33, 8, score_mod="oracles:halve_far_scores", causal=True),
         Attention(4, 2, 131, 131, 16, packed=True, ragged=True),
         Attention(2, 2, 15, 15, 8, ragged=True, causal=True, window=9, score_mod="oracles:halve_far_scores"),

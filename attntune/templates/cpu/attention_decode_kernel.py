@@ -104,7 +104,8 @@ class DecodeKernel:
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
-        lanes, buffer, vectors = self.lanes, self.operand[name], []
+        lanes, buffer = self.lanes, self.operand[name]
+        vectors: list[Any] = []
         for dim in (low + e for e in range(count)):
             if self.halved:
                 if len(vectors) % 2 == 0:
