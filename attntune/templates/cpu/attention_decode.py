@@ -28,16 +28,25 @@ The same on 2 cores of Emerald Rapids, GB/s of the 25 it reads, keys and values 
       in one pass over the values                    23    21         22    18
     + scores of 16 keys and four rows by AMX: 22 to 28 % faster from caches, 8 % slower from memory, left out
 
-The same on 2 cores of Zen 3 (AVX2: the sums of four rows do not fit its 16 registers), GB/s of about 25 from memory,
-2,048 keys, float32; of one row it reads 24 to 26 throughout, and asking ahead takes 5 % of that:
+The same on 2 cores of Zen 3 (AVX2: the sums of four rows do not fit its 16 registers), float32, GB/s of about 25 from
+memory, in PyTorch's layout, 2,048 keys:
 
-    heads                                             9/3   32/8   32/8 of 128
-    as for one row: blocks of 8 keys                   12     14     10
-    + blocks of 64 keys, asked for 16 ahead, and sums
-      between blocks in memory: LLVM would carry all
-      of them through every loop, most of them on the
-      stack; three rows together where there are three 17     21     13
-    asked for a whole block ahead                      15     18     13
+    heads                                            12/12   9/3   32/8   32/8 of 128
+    as above, blocks of 8 keys                          25    12     14     10
+    + blocks of 64 keys, asked for 16 ahead; sums
+      between blocks in memory, for LLVM would carry
+      all of them through every loop, most of them on
+      the stack; three rows together where there are
+      three                                             23    17     21     13
+    the same, asked for a whole block ahead             22    15     18     13
+
+and in that of attntune's models, where a head's keys are 4 · head_dim · heads bytes apart, µs at 900 of 1,024 keys:
+
+    heads                                            12/12   9/3   32/8   32/4    6/6
+    as above, blocks of 8 keys                         461   215    481    320    225
+    + blocks of 64 keys, asked for 16 ahead, and so on       133    415    269
+    + all heads of some keys on a core, nothing asked
+      for ahead                                        308   123    405    258    166
 """
 
 from __future__ import annotations
@@ -85,22 +94,26 @@ class AttentionDecodeCPU(ScheduleTemplate):
             Knob("score_rows", tuple(r for r in (1, 2, 4) if r == 1 or r <= rows)),
             Knob("out_rows", tuple(r for r in (1, 2, 3, 4) if r <= rows)),
             Knob("prefetch", (0, _AHEAD)),
+            # Whether a core reads some keys of all heads, which lie side by side, rather than all keys of some heads.
+            Knob("heads_inside", (False, True) if w.kv_heads > 1 and w.layout == "bshd" else (False,)),
         ]
         return ConfigSpace(knobs, [])
 
     def default(self, workload: Workload, target: Target) -> Config:
         """The fewest splits that keep every core busy; small blocks, and keys read once for as many rows as fit.
 
-        Keys and values take turns in small pieces, so that both streams stay with the prefetchers. Where several rows
-        share a key and registers are few, a block's own cost counts for more than that.
+        Keys and values take turns in small pieces, so that both streams stay with the prefetchers. With few registers a
+        block's own cost counts for more than that, and heads that lie side by side are read as they lie.
         """
         w = _attention(workload)
         rows = w.q_len * (w.heads // w.kv_heads)
-        crowded = rows > 1 and target.vector_registers < 32
-        wanted, asks = (8, True) if crowded else (1, asks_ahead(target))
+        few = target.vector_registers < 32
+        inside = few and w.layout == "bshd"
+        wanted = 8 if inside or (few and rows > 1) else 1
+        asks = rows > 1 and not inside if few else asks_ahead(target)
 
         def cost(config: Config) -> tuple[float, str]:
-            tasks = w.batch * w.kv_heads * config.integer("splits")
+            tasks = _tasks(w, config)
             imbalance = math.ceil(tasks / target.cores) * target.cores / tasks
             block = 1.0 + 0.02 * abs(math.log2(config.integer("key_vectors") / wanted))
             together = config.integer("out_rows")
@@ -108,7 +121,8 @@ class AttentionDecodeCPU(ScheduleTemplate):
             # Rows that are summed for nothing, to fill the last tile.
             held += 0.02 * (math.ceil(rows / together) * together / rows - 1)
             asked = 1.0 if bool(config["prefetch"]) == asks else 1.01
-            return imbalance * block * held * asked * (1.0 + 0.01 * config.integer("splits")), config.key()
+            order = 1.0 if config["heads_inside"] == inside else 1.05
+            return imbalance * block * held * asked * order * (1.0 + 0.01 * config.integer("splits")), config.key()
 
         return min(self.space(workload, target), key=cost)
 
@@ -121,7 +135,7 @@ class AttentionDecodeCPU(ScheduleTemplate):
     def features(self, workload: Workload, target: Target, config: Config) -> dict[str, float]:
         """Knobs, balance, and a block of keys and values against the first-level cache."""
         w = _attention(workload)
-        tasks = w.batch * w.kv_heads * config.integer("splits")
+        tasks = _tasks(w, config)
         keys = config.integer("key_vectors") * target.lanes("float32")
         return {
             **super().features(workload, target, config),
@@ -130,6 +144,10 @@ class AttentionDecodeCPU(ScheduleTemplate):
             "keys_per_split": w.kv_len / config.integer("splits"),
             "rows": float(w.q_len * (w.heads // w.kv_heads)),
         }
+
+
+def _tasks(w: Attention, config: Config) -> int:
+    return w.batch * config.integer("splits") * (1 if config["heads_inside"] else w.kv_heads)
 
 
 def _attention(workload: Workload) -> Attention:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from attntune.ops.attention import FLOOR, MASKED, Attention
@@ -17,6 +18,13 @@ from attntune.templates.cpu.vectors import PREFETCH_IR, Vectors
 class DecodeKernel:
     """One decoding kernel being written out."""
 
+    task: Any
+    """Where what is found goes: the sequence's, head's and split's number."""
+    head: Any
+    """Of keys and values."""
+    base: Any
+    """Row of its first scaled query."""
+
     def __init__(self, w: Attention, target: Target, config: Config) -> None:
         self.w = w
         self.v = Vectors(target.lanes("float32"))
@@ -26,6 +34,7 @@ class DecodeKernel:
         self.score_rows = config.integer("score_rows")
         self.out_rows = config.integer("out_rows")
         self.prefetch = config.integer("prefetch")
+        self.heads_inside = bool(config.get("heads_inside", False))
         self.group = w.heads // w.kv_heads
         self.rows = w.q_len * self.group
         self.padded_rows = math.ceil(self.rows / self.out_rows) * self.out_rows
@@ -38,9 +47,9 @@ class DecodeKernel:
         self.paired = self.halved and (self.rows == 1 or not bf16.slower_than_float32(target))
         held = max(1, (target.vector_registers - 2) // (self.out_rows + (self.out_rows > 1)))
         self.dims_held = held - held % 2 if self.halved and held > 1 else held
-        #: Whether registers hold the weighted sums of all rows. Where they do not, LLVM must not try to keep them there
-        #: from block to block: they lie beside the scores, in a buffer that is written all the time.
-        self.sums_fit = self.padded_rows * self.dims <= target.vector_registers
+        #: Whether weighted sums lie beside the scores, in a buffer that is written all the time. Where registers do not
+        #: hold those of all rows, LLVM must not try to keep them there from block to block.
+        self.beside = self.padded_rows * self.dims > target.vector_registers and not self.heads_inside
         self.modify = w.modification() if w.score_mod else None
         #: Whether scores are more than scaled products.
         self.general = bool(w.softcap or w.bias_heads or w.alibi or w.score_mod)
@@ -73,12 +82,14 @@ class DecodeKernel:
                 self.total = T.sblock_alloc_buffer((pairs * splits, self.padded_rows), "float32")
                 code = (bf16.LLVM_IR if self.halved else "") + (PREFETCH_IR if self.prefetch else "")
                 imports = {"pragma_import_llvm": code} if code else {}
-                with T.parallel(pairs * splits, annotations=imports) as task, T.sblock("split"):
+                heads = w.kv_heads if self.heads_inside else 1
+                with T.parallel(pairs * splits // heads, annotations=imports) as task, T.sblock("split"):
                     T.reads()
                     T.writes()
                     self._split(task)
                     if splits == 1:
-                        self._combine(task)
+                        with T.serial(heads) as head:
+                            self._combine(task * heads + head)
                 if splits > 1:
                     with T.parallel(pairs) as pair, T.sblock("combine"):
                         T.reads()
@@ -126,8 +137,8 @@ class DecodeKernel:
         from tvm.tirx.script.builder import ir as T
 
         w, v, lanes = self.w, self.v, self.lanes
-        self.task = task
-        self.b, self.head = task // (self.splits * w.kv_heads), task // self.splits % w.kv_heads
+        one = task // self.splits
+        self.b = one if self.heads_inside else one // w.kv_heads
         length = T.bind(self.operand["lengths"][self.b]) if w.lengths else w.kv_len
         offset = length + (w.causal_offset - w.q_len) if w.lengths == "kv" else w.causal_offset
         low: Any = 0
@@ -143,47 +154,68 @@ class DecodeKernel:
         end = T.bind(T.min(start + blocks * self.key_block, high))
         self.end = end
 
-        beside = 0 if self.sums_fit else self.dims * lanes
-        self.p = T.sblock_alloc_buffer((self.padded_rows, self.key_block + beside), "float32")
+        self.p = T.sblock_alloc_buffer((self.padded_rows, self.key_block + self.beside * self.dims * lanes), "float32")
         self.alpha = T.sblock_alloc_buffer((self.padded_rows,), "float32")
         if not self.paired:
-            self._scale_queries()
-        with T.serial(self.padded_rows) as r:
-            T.buffer_store(self.top, tirx.const(FLOOR, "float32"), [task, r])
-            T.buffer_store(self.total, tirx.const(0.0, "float32"), [task, r])
-            for dim in range(self.dims):
-                v.store(*self._sum(r, dim), v.splat(0.0))
+            self.q = T.sblock_alloc_buffer(
+                (self.rows * (w.kv_heads if self.heads_inside else 1), self.dims * lanes), "float32"
+            )
+
+        def begin() -> None:
+            if not self.paired:
+                self._scale_queries()
+            with T.serial(self.padded_rows) as r:
+                T.buffer_store(self.top, tirx.const(FLOOR, "float32"), [self.task, r])
+                T.buffer_store(self.total, tirx.const(0.0, "float32"), [self.task, r])
+                for dim in range(self.dims):
+                    v.store(*self._sum(r, dim), v.splat(0.0))
+
+        self._each_head(task, begin)
         with T.serial((T.max(end - start, 0) + (self.key_block - 1)) // self.key_block) as kb:
-            self._block(T.bind(start + kb * self.key_block))
-        if not self.sums_fit:
+            first = T.bind(start + kb * self.key_block)
+            self._each_head(task, lambda: self._block(first))
+        if self.beside:
             with T.serial(self.padded_rows) as r:
                 for dim in range(self.dims):
-                    v.store(self.part, [task, r, dim * lanes], v.load(*self._sum(r, dim)))
+                    v.store(self.part, [self.task, r, dim * lanes], v.load(*self._sum(r, dim)))
+
+    def _each_head(self, task: Any, body: Callable[[], None]) -> None:
+        """``body`` for every head of the task; its scaled queries begin at row ``base`` of ``q``."""
+        from tvm.tirx.script.builder import ir as T
+
+        w, splits = self.w, self.splits
+        if not self.heads_inside:
+            self.task, self.head, self.base = task, task // splits % w.kv_heads, 0
+            body()
+            return
+        with T.serial(w.kv_heads) as head:
+            self.task = T.bind((task // splits * w.kv_heads + head) * splits + task % splits)
+            self.head, self.base = head, head * self.rows
+            body()
 
     def _sum(self, r: Any, dim: Any) -> tuple[Any, list[Any]]:
         """Buffer and place of a vector of row ``r``'s weighted sums, as long as the split is at work."""
         at = dim * self.lanes
-        return (self.part, [self.task, r, at]) if self.sums_fit else (self.p, [r, self.key_block + at])
+        return (self.p, [r, self.key_block + at]) if self.beside else (self.part, [self.task, r, at])
 
     def _scale_queries(self) -> None:
-        """All rows' queries in the units of scores, zeros past the head's end."""
+        """All rows' queries of a head in the units of scores, zeros past the head's end."""
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
         w, v, lanes = self.w, self.v, self.lanes
-        self.q = T.sblock_alloc_buffer((self.rows, self.dims * lanes), "float32")
         with T.serial(self.rows) as r:
             head, i = self.head * self.group + r // w.q_len, r % w.q_len
             if self.halved:
                 for part in range(self.dims // 2):
                     for half, values in enumerate(bf16.from_pairs(T.bind(self._pair("query", head, i, part)), lanes)):
-                        v.store(self.q, [r, (2 * part + half) * lanes], values * v.splat(self.factor))
+                        v.store(self.q, [self.base + r, (2 * part + half) * lanes], values * v.splat(self.factor))
                 return
             for dim in range(self.dims):
-                v.store(self.q, [r, dim * lanes], v.splat(0.0))
+                v.store(self.q, [self.base + r, dim * lanes], v.splat(0.0))
             with T.serial(w.head_dim) as d:
                 element = self.operand["query"][tuple(self._at(self.b, head, i, d))]
-                T.buffer_store(self.q, element * tirx.const(self.factor, "float32"), [r, d])
+                T.buffer_store(self.q, element * tirx.const(self.factor, "float32"), [self.base + r, d])
 
     def _block(self, start: Any) -> None:
         """One block of keys: scores, softmax and weighted sums of all rows."""
@@ -228,7 +260,7 @@ class DecodeKernel:
 
         def query(r: int, part: int) -> Any:
             if not self.paired:
-                return v.load(self.q, [first_row + r, part * lanes])
+                return v.load(self.q, [self.base + first_row + r, part * lanes])
             head = self.head * self.group + (first_row + r) // w.q_len
             return self._pair("query", head, (first_row + r) % w.q_len, part)
 
