@@ -47,6 +47,10 @@ and in that of attntune's models, where a head's keys are 4 · head_dim · heads
     + blocks of 64 keys, asked for 16 ahead, and so on       133    415    269
     + all heads of some keys on a core, nothing asked
       for ahead                                        308   123    405    258    166
+    + each row by itself, 8 sums of a row at a time          111    297    188
+
+Most of what is left between the two layouts (9/3: 18 and 12 GB/s) is how memory is met: a head's keys in one piece or
+in pieces of 256 bytes.
 """
 
 from __future__ import annotations
@@ -116,10 +120,12 @@ class AttentionDecodeCPU(ScheduleTemplate):
             tasks = _tasks(w, config)
             imbalance = math.ceil(tasks / target.cores) * target.cores / tasks
             block = 1.0 + 0.02 * abs(math.log2(config.integer("key_vectors") / wanted))
-            together = config.integer("out_rows")
-            held = 1.0 + 0.02 / together + 0.02 / config.integer("score_rows")
-            # Rows that are summed for nothing, to fill the last tile.
-            held += 0.02 * (math.ceil(rows / together) * together / rows - 1)
+            scored, summed = config.integer("score_rows"), config.integer("out_rows")
+            # Rows that are summed for nothing, to fill the last tile, come on top.
+            held = 1.0 + 0.02 / scored + 0.02 / summed + 0.02 * (math.ceil(rows / summed) * summed / rows - 1)
+            if config["heads_inside"] and few:
+                # Such a block is in the first-level cache, where each row may read it by itself.
+                held = 1.0 + 0.01 * scored + 0.01 * summed
             asked = 1.0 if bool(config["prefetch"]) == asks else 1.01
             order = 1.0 if config["heads_inside"] == inside else 1.05
             return imbalance * block * held * asked * order * (1.0 + 0.01 * config.integer("splits")), config.key()

@@ -46,7 +46,9 @@ class DecodeKernel:
         #: several rows where a product of pairs takes as long as two of float32.
         self.paired = self.halved and (self.rows == 1 or not bf16.slower_than_float32(target))
         held = max(1, (target.vector_registers - 2) // (self.out_rows + (self.out_rows > 1)))
-        self.dims_held = held - held % 2 if self.halved and held > 1 else held
+        # Passes of the same width, as near as may be.
+        held = math.ceil(self.dims / math.ceil(self.dims / held))
+        self.dims_held = held + held % 2 if self.halved else held
         #: Whether weighted sums lie beside the scores, in a buffer that is written all the time. Where registers do not
         #: hold those of all rows, LLVM must not try to keep them there from block to block.
         self.beside = self.padded_rows * self.dims > target.vector_registers and not self.heads_inside
