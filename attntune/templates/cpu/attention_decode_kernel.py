@@ -2,60 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-from attntune.ops.attention import FLOOR, MASKED, Attention
-from attntune.ops.attention_expression import conditions, modified
-from attntune.search.space import Config
-from attntune.target import Target
+from attntune.ops.attention import FLOOR
 from attntune.templates.cpu import bf16
-from attntune.templates.cpu.attention_blocks import LOG2_E
-from attntune.templates.cpu.vectors import PREFETCH_IR, Vectors
+from attntune.templates.cpu.attention_decode_scores import DecodeScores
+from attntune.templates.cpu.vectors import PREFETCH_IR
 
 
-class DecodeKernel:
+class DecodeKernel(DecodeScores):
     """One decoding kernel being written out."""
-
-    task: Any
-    """Where what is found goes: the sequence's, head's and split's number."""
-    head: Any
-    """Of keys and values."""
-    base: Any
-    """Row of its first scaled query."""
-
-    def __init__(self, w: Attention, target: Target, config: Config) -> None:
-        self.w = w
-        self.v = Vectors(target.lanes("float32"))
-        self.lanes = self.v.lanes
-        self.splits = config.integer("splits")
-        self.key_block = config.integer("key_vectors") * self.lanes
-        self.score_rows = config.integer("score_rows")
-        self.out_rows = config.integer("out_rows")
-        self.prefetch = config.integer("prefetch")
-        self.heads_inside = bool(config.get("heads_inside", False))
-        self.group = w.heads // w.kv_heads
-        self.rows = w.q_len * self.group
-        self.padded_rows = math.ceil(self.rows / self.out_rows) * self.out_rows
-        self.dims = math.ceil(w.head_dim / self.lanes)
-        #: Whether a vector of bfloat16 pairs is read at a time: its lower values, then its higher ones, are two vectors
-        #: of float32, and lie in this order wherever this kernel keeps them.
-        self.halved = w.dtype == "bfloat16" and bf16.available(target) and w.head_dim % (2 * self.lanes) == 0
-        #: Whether scores multiply pairs as they lie. Widened, they are multiplied faster if that is done once for
-        #: several rows where a product of pairs takes as long as two of float32.
-        self.paired = self.halved and (self.rows == 1 or not bf16.slower_than_float32(target))
-        held = max(1, (target.vector_registers - 2) // (self.out_rows + (self.out_rows > 1)))
-        # Passes of the same width, as near as may be.
-        held = math.ceil(self.dims / math.ceil(self.dims / held))
-        self.dims_held = held + held % 2 if self.halved else held
-        #: Whether weighted sums lie beside the scores, in a buffer that is written all the time. Where registers do not
-        #: hold those of all rows, LLVM must not try to keep them there from block to block.
-        self.beside = self.padded_rows * self.dims > target.vector_registers and not self.heads_inside
-        self.modify = w.modification() if w.score_mod else None
-        #: Whether scores are more than scaled products.
-        self.general = bool(w.softcap or w.bias_heads or w.alibi or w.score_mod)
-        self.factor = w.scaling * (1.0 if self.general else LOG2_E)
 
     def function(self) -> Any:
         """The ``PrimFunc``."""
@@ -99,39 +56,6 @@ class DecodeKernel:
                         self._combine(pair)
         return builder.get()
 
-    def _at(self, b: Any, head: Any, row: Any, d: Any) -> list[Any]:
-        if self.w.layout == "bhsd":
-            return [b, head, row, d]
-        return [b, row, head * self.w.head_dim + d]
-
-    def _pair(self, name: str, head: Any, row: Any, part: int) -> Any:
-        """One vector of bfloat16 pairs of a row of a head."""
-        *lead, at = self._at(self.b, head, row, 2 * part * self.lanes)
-        return self.pairs[name].vload([*lead, at // 2], dtype=f"int32x{self.lanes}")
-
-    def _vectors(self, name: str, row: Any, low: Any, count: int) -> list[Any]:
-        """``count`` vectors of a row of the key or value head, from vector ``low`` on.
-
-        Lanes past the head's end repeat its last element; ``low`` is then a number, else it may be an expression.
-        """
-        from tvm import tirx
-        from tvm.tirx.script.builder import ir as T
-
-        lanes, buffer = self.lanes, self.operand[name]
-        vectors: list[Any] = []
-        for dim in (low + e for e in range(count)):
-            if self.halved:
-                if len(vectors) % 2 == 0:
-                    pairs = bf16.from_pairs(T.bind(self._pair(name, self.head, row, dim // 2)), lanes)
-                vectors.append(pairs[len(vectors) % 2])
-            elif not isinstance(dim, int) or (dim + 1) * lanes <= self.w.head_dim:
-                vectors.append(self.v.load(buffer, self._at(self.b, self.head, row, dim * lanes)))
-            else:
-                columns = [min(dim * lanes + lane, self.w.head_dim - 1) for lane in range(lanes)]
-                elements = [buffer[tuple(self._at(self.b, self.head, row, c))] for c in columns]
-                vectors.append(tirx.Shuffle(elements, list(range(lanes))))
-        return vectors
-
     # -- one split of the keys of one head -----------------------------------------------------------------------------
 
     def _split(self, task: Any) -> None:
@@ -156,12 +80,12 @@ class DecodeKernel:
         end = T.bind(T.min(start + blocks * self.key_block, high))
         self.end = end
 
-        self.p = T.sblock_alloc_buffer((self.padded_rows, self.key_block + self.beside * self.dims * lanes), "float32")
-        self.alpha = T.sblock_alloc_buffer((self.padded_rows,), "float32")
+        heads = w.kv_heads if self.heads_inside else 1
+        beside = self.dims * lanes if self.beside else 0
+        self.p = T.sblock_alloc_buffer((heads * self.padded_rows, self.key_block + beside), "float32")
+        self.alpha = T.sblock_alloc_buffer((heads * self.padded_rows,), "float32")
         if not self.paired:
-            self.q = T.sblock_alloc_buffer(
-                (self.rows * (w.kv_heads if self.heads_inside else 1), self.dims * lanes), "float32"
-            )
+            self.q = T.sblock_alloc_buffer((heads * self.rows, self.dims * lanes), "float32")
 
         def begin() -> None:
             if not self.paired:
@@ -174,25 +98,24 @@ class DecodeKernel:
 
         self._each_head(task, begin)
         with T.serial((T.max(end - start, 0) + (self.key_block - 1)) // self.key_block) as kb:
-            first = T.bind(start + kb * self.key_block)
-            self._each_head(task, lambda: self._block(first))
+            self._block(task, T.bind(start + kb * self.key_block))
         if self.beside:
             with T.serial(self.padded_rows) as r:
                 for dim in range(self.dims):
                     v.store(self.part, [self.task, r, dim * lanes], v.load(*self._sum(r, dim)))
 
     def _each_head(self, task: Any, body: Callable[[], None]) -> None:
-        """``body`` for every head of the task; its scaled queries begin at row ``base`` of ``q``."""
+        """``body`` for every head of the task."""
         from tvm.tirx.script.builder import ir as T
 
         w, splits = self.w, self.splits
         if not self.heads_inside:
-            self.task, self.head, self.base = task, task // splits % w.kv_heads, 0
+            self.task, self.head, self.base, self.at = task, task // splits % w.kv_heads, 0, 0
             body()
             return
         with T.serial(w.kv_heads) as head:
             self.task = T.bind((task // splits * w.kv_heads + head) * splits + task % splits)
-            self.head, self.base = head, head * self.rows
+            self.head, self.base, self.at = head, head * self.rows, head * self.padded_rows
             body()
 
     def _sum(self, r: Any, dim: Any) -> tuple[Any, list[Any]]:
@@ -200,43 +123,26 @@ class DecodeKernel:
         at = dim * self.lanes
         return (self.p, [r, self.key_block + at]) if self.beside else (self.part, [self.task, r, at])
 
-    def _scale_queries(self) -> None:
-        """All rows' queries of a head in the units of scores, zeros past the head's end."""
-        from tvm import tirx
-        from tvm.tirx.script.builder import ir as T
+    def _block(self, task: Any, start: Any) -> None:
+        """One block of keys: scores, softmax and weighted sums of all rows.
 
-        w, v, lanes = self.w, self.v, self.lanes
-        with T.serial(self.rows) as r:
-            head, i = self.head * self.group + r // w.q_len, r % w.q_len
-            if self.halved:
-                for part in range(self.dims // 2):
-                    for half, values in enumerate(bf16.from_pairs(T.bind(self._pair("query", head, i, part)), lanes)):
-                        v.store(self.q, [self.base + r, (2 * part + half) * lanes], values * v.splat(self.factor))
-                return
-            for dim in range(self.dims):
-                v.store(self.q, [self.base + r, dim * lanes], v.splat(0.0))
-            with T.serial(w.head_dim) as d:
-                element = self.operand["query"][tuple(self._at(self.b, head, i, d))]
-                T.buffer_store(self.q, element * tirx.const(self.factor, "float32"), [self.base + r, d])
-
-    def _block(self, start: Any) -> None:
-        """One block of keys: scores, softmax and weighted sums of all rows."""
+        Heads that lie side by side take turns with every vector of keys, so that memory is met in one piece.
+        """
         from tvm.tirx.script.builder import ir as T
 
         keys = T.bind(T.min(self.key_block, self.end - start))
         tiles = T.bind((keys + (self.lanes - 1)) // self.lanes)
-        together, left = divmod(self.rows, self.score_rows)
+
+        def rest() -> None:
+            with T.serial(self.rows) as r:
+                self._softmax(r, tiles)
+            with T.serial(self.padded_rows // self.out_rows) as rt:
+                for low in range(0, self.dims, self.dims_held):
+                    self._out_tile(start, keys, rt, low, min(self.dims_held, self.dims - low))
+
         with T.serial(tiles) as t:
-            with T.serial(together) as rt:
-                self._score_tile(start, t, rt * self.score_rows, self.score_rows)
-            if left:
-                with T.serial(left) as r:
-                    self._score_tile(start, t, together * self.score_rows + r, 1)
-        with T.serial(self.rows) as r:
-            self._softmax(r, tiles)
-        with T.serial(self.padded_rows // self.out_rows) as rt:
-            for low in range(0, self.dims, self.dims_held):
-                self._out_tile(start, keys, rt, low, min(self.dims_held, self.dims - low))
+            self._each_head(task, lambda: self._scores(start, t))
+        self._each_head(task, rest)
 
     def _ask_for(self, j: Any) -> None:
         """A key and its value, to the second-level cache."""
@@ -248,120 +154,49 @@ class DecodeKernel:
             for d in range(0, self.w.head_dim, line):
                 self.v.prefetch(self.lines[name], self._at(self.b, self.head, row, d), 2)
 
-    def _score_tile(self, start: Any, t: Any, first_row: Any, rows: int) -> None:
-        """Scores of ``rows`` rows (a power of two) against a vector of keys, each key read and widened once for all.
-
-        A key past the end is read as the last one, and masked.
-        """
-        from tvm import tirx
-        from tvm.tirx.script.builder import ir as T
-
-        w, v, lanes = self.w, self.v, self.lanes
-        first = T.bind(start + t * lanes)
-        together = lanes // rows
-
-        def query(r: int, part: int) -> Any:
-            if not self.paired:
-                return v.load(self.q, [self.base + first_row + r, part * lanes])
-            head = self.head * self.group + (first_row + r) // w.q_len
-            return self._pair("query", head, (first_row + r) % w.q_len, part)
-
-        count = w.head_dim // (2 * lanes) if self.paired else self.dims
-        shared = 2 if self.halved and not self.paired else 1
-
-        def key(j: Any, parts: range) -> list[Any]:
-            if self.paired:
-                return [self._pair("key", self.head, j, part) for part in parts]
-            return self._vectors("key", j, parts.start, len(parts))
-
-        products = T.sblock_alloc_buffer((lanes, lanes), "float32", scope="local")
-        sums = []
-        for part in range(rows):
-            keys = [T.bind(T.min(first + part * together + a, self.end - 1)) for a in range(together)]
-            for low in range(0, count, shared):
-                dims = range(low, low + shared)
-                queries = {(r, dim): query(r, dim) for r in range(rows) for dim in dims}
-                for a in range(together):
-                    for dim, loaded in zip(dims, key(keys[a], dims), strict=True):
-                        components = T.bind(loaded) if rows > 1 else loaded
-                        for r in range(rows):
-                            at = [r * together + a, 0]
-                            before = v.load(products, at) if dim else v.splat(0.0)
-                            if self.paired:
-                                value = bf16.dot(before, components, queries[r, dim])
-                            else:
-                                product = components * queries[r, dim]
-                                value = before + product if dim else product
-                            v.store(products, at, value)
-            sums.append(T.bind(v.sums([v.load(products, [a, 0]) for a in range(lanes)])))
-            if self.paired:
-                sums[-1] = T.bind(sums[-1] * v.splat(self.factor))
-        for r in range(rows):
-            # Of each part's sums, those of this row.
-            picked = [part * lanes + r * together + a for part in range(rows) for a in range(together)]
-            scores = sums[0] if rows == 1 else tirx.Shuffle(sums, picked)
-            self._masked_scores(scores, first, t, first_row + r)
-
-    def _masked_scores(self, scores: Any, first: Any, t: Any, r: Any) -> None:
-        """Store one row's vector of scores after whatever the workload does to it."""
-        from tvm import tirx
-        from tvm.tirx.script.builder import ir as T
-
-        w, lanes = self.w, self.lanes
-        self.v.store(self.p, [r, t * lanes], scores)
-        masked = tirx.const(MASKED, "float32")
-        head, i = T.bind(self.head * self.group + r // w.q_len), T.bind(r % w.q_len)
-
-        def read(name: str, *at: Any) -> Any:
-            return self.operand[name][at]
-
-        with T.vectorized(lanes) as lane:
-            j = T.min(first + lane, self.end - 1)
-            value = self.p[r, t * lanes + lane]
-            if self.general:
-                value = modified(w, value, read, self.modify, self.b, head, i, j)
-                value = value * tirx.const(LOG2_E, "float32")
-            for allowed in conditions(w, read, self.b, i, j):
-                value = tirx.Select(allowed, value, masked)
-            T.buffer_store(self.p, tirx.Select(first + lane < self.end, value, masked), [r, t * lanes + lane])
-
     def _softmax(self, r: Any, tiles: Any) -> None:
         from tvm.tirx.script.builder import ir as T
 
         from attntune.ops import math as tmath
 
-        v, lanes, task = self.v, self.lanes, self.task
+        v, lanes, task, at = self.v, self.lanes, self.task, self.at + r
         best = T.sblock_alloc_buffer((1, lanes), "float32", scope="local")
         added = T.sblock_alloc_buffer((1, lanes), "float32", scope="local")
         v.store(best, [0, 0], v.broadcast(self.top[task, r]))
         v.store(added, [0, 0], v.splat(0.0))
         with T.serial(tiles) as t:
-            v.store(best, [0, 0], T.max(v.load(best, [0, 0]), v.load(self.p, [r, t * lanes])))
+            v.store(best, [0, 0], T.max(v.load(best, [0, 0]), v.load(self.p, [at, t * lanes])))
         v.store(best, [0, 0], v.fold(v.load(best, [0, 0]), T.max))
         with T.serial(tiles) as t:
             with T.vectorized(lanes) as lane:
-                power = tmath.exp2_nonpositive(self.p[r, t * lanes + lane] - best[0, lane])
-                T.buffer_store(self.p, power, [r, t * lanes + lane])
-            v.store(added, [0, 0], v.load(added, [0, 0]) + v.load(self.p, [r, t * lanes]))
+                power = tmath.exp2_nonpositive(self.p[at, t * lanes + lane] - best[0, lane])
+                T.buffer_store(self.p, power, [at, t * lanes + lane])
+            v.store(added, [0, 0], v.load(added, [0, 0]) + v.load(self.p, [at, t * lanes]))
         v.store(added, [0, 0], v.fold(v.load(added, [0, 0]), lambda a, b: a + b))
-        T.buffer_store(self.alpha, tmath.exp2_nonpositive(self.top[task, r] - best[0, 0]), [r])
+        T.buffer_store(self.alpha, tmath.exp2_nonpositive(self.top[task, r] - best[0, 0]), [at])
         T.buffer_store(self.top, best[0, 0], [task, r])
-        T.buffer_store(self.total, self.total[task, r] * self.alpha[r] + added[0, 0], [task, r])
+        T.buffer_store(self.total, self.total[task, r] * self.alpha[at] + added[0, 0], [task, r])
 
-    def _out_tile(self, start: Any, keys: Any, rt: Any, low: Any, count: int) -> None:
+    def _out_tile(self, start: Any, keys: Any, rt: Any, low: int, count: int) -> None:
         """Weighted sums of ``out_rows`` rows over ``count`` vectors of the head, from vector ``low`` on."""
         from tvm.tirx.script.builder import ir as T
 
         v, lanes, rows = self.v, self.lanes, self.out_rows
         acc = T.sblock_alloc_buffer((rows, count, lanes), "float32", scope="local")
-        row = [T.bind(T.min(rt * rows + a, self.rows - 1)) for a in range(rows)]
+        row = [T.bind(self.at + T.min(rt * rows + a, self.rows - 1)) for a in range(rows)]
         for a in range(rows):
             for e in range(count):
                 kept = v.load(*self._sum(rt * rows + a, low + e))
                 v.store(acc, [a, e, 0], kept * v.broadcast(self.alpha[row[a]]))
         with T.serial(keys) as j:
-            if self.prefetch:
-                self._ask_once(start + j + self.prefetch, rt, low)
+            # Of all tiles of a key's weighted sums, the first asks.
+            if self.prefetch and low == 0:
+                ahead = start + j + self.prefetch
+                if self.padded_rows == rows:
+                    self._ask_for(ahead)
+                else:
+                    with T.If(rt == 0), T.Then():
+                        self._ask_for(ahead)
             values = self._vectors("value", start + j, low, count)
             if rows > 1:
                 values = [T.bind(value) for value in values]
@@ -372,22 +207,6 @@ class DecodeKernel:
         for a in range(rows):
             for e in range(count):
                 v.store(*self._sum(rt * rows + a, low + e), v.load(acc, [a, e, 0]))
-
-    def _ask_once(self, j: Any, rt: Any, low: Any) -> None:
-        """Of all tiles of a key's weighted sums, the first asks for key ``j``."""
-        from tvm import tirx
-        from tvm.tirx.script.builder import ir as T
-
-        first = [rt == 0] if self.padded_rows > self.out_rows else []
-        if not isinstance(low, int):
-            first.append(low == 0)
-        elif low:
-            return
-        if not first:
-            self._ask_for(j)
-            return
-        with T.If(tirx.all(*first)), T.Then():
-            self._ask_for(j)
 
     # -- results -------------------------------------------------------------------------------------------------------
 
