@@ -52,14 +52,21 @@ def attention(target: Target, dtypes: Sequence[str]) -> Iterator[KernelCase]:
 
 
 def decode(target: Target, dtypes: Sequence[str]) -> Iterator[KernelCase]:
-    """One query over a cache of keys and values, heads of 64: bound by memory."""
+    """One query over a cache of keys and values, heads of 64: bound by memory.
+
+    In PyTorch's layout, and in that of attntune's models, whose heads lie side by side (9/3 are SmolLM2-135M's).
+    """
     for dtype in _without_weights(dtypes):
-        for heads, kv_heads in ((12, 12), (32, 8)):
-            for length in CACHE_LENGTHS:
-                yield _case(
-                    f"{dtype} {heads}/{kv_heads} heads", f"kv {length}",
-                    partial(_attention, target, 1, heads, kv_heads, 1, length, False, dtype),
-                )  # fmt: skip
+        for layout, how, counts in (
+            ("bhsd", "", ((12, 12), (32, 8))),
+            ("bshd", " side by side", ((12, 12), (32, 8), (9, 3))),
+        ):
+            for heads, kv_heads in counts:
+                for length in CACHE_LENGTHS:
+                    yield _case(
+                        f"{dtype} {heads}/{kv_heads} heads{how}", f"kv {length}",
+                        partial(_attention, target, 1, heads, kv_heads, 1, length, False, dtype, layout),
+                    )  # fmt: skip
 
 
 #: Suites of single kernels, by name: ``(target, dtypes) -> cases``.
@@ -87,12 +94,11 @@ def _linear(dtype: str, rows: int, in_features: int, out_features: int) -> Kerne
 
 
 def _attention(
-    target: Target, batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int, causal: bool, dtype: str
-) -> Attention:
-    """In PyTorch's layout; in that of attntune's models where no template schedules the former."""
-    found = Attention(
-        batch, heads, q_len, kv_len, 64, kv_heads=kv_heads, causal=causal, dtype=dtype, layout="bhsd"
-    )  # fmt: skip
+    target: Target, batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int, causal: bool, dtype: str,
+    layout: str = "bhsd",
+) -> Attention:  # fmt: skip
+    """In PyTorch's layout; in that of attntune's models if asked for, or where no template schedules the former."""
+    found = Attention(batch, heads, q_len, kv_len, 64, kv_heads=kv_heads, causal=causal, dtype=dtype, layout=layout)
     return found if template_for(found, target) not in GENERIC.values() else found.replace(layout="bshd")
 
 

@@ -89,6 +89,8 @@ def test_every_suite_has_cases_that_say_what_they_are():
         assert len({(case.group, case.label) for case in cases}) == len(cases), name
         if name in ("linear", "gemv"):
             assert {c.workload.weight_dtype for c in cases if c.group == "int4"} == {"uint4"}
+        else:
+            assert all(c.group.startswith("float32") for c in cases), "attention has no weight to be int4"
         assert all((case.workload is None) == bool(case.problem) for case in cases)
         assert all(case.workload is not None for case in cases if case.group.startswith("float32"))
 

@@ -50,8 +50,8 @@ and in that of attntune's models, where a head's keys are 4 · head_dim · heads
     + each row by itself, 8 sums of a row at a time    308   114    315    190    166
     + scores of 8 keys of every head in turn           250   118    290    192    147
 
-Most of what is left between the two layouts (9/3: 18 and 12 GB/s) is how memory is met: values of a head in one piece or
-in pieces of 256 bytes. (Heads in turn for those too, after 16 keys: 12/12 7 % less time, 9/3 5 % more.)
+Most of what is left between the two layouts (9/3: 18 and 12 GB/s) is how memory is met: values of a head in one piece
+or in pieces of 256 bytes. (Heads in turn for those too, after 16 keys: 12/12 7 % less time, 9/3 5 % more.)
 """
 
 from __future__ import annotations
