@@ -81,7 +81,7 @@ class DecodeScores:
     def _vectors(self, name: str, row: Any, low: int, count: int) -> list[Any]:
         """``count`` vectors of a row of the key or value head, from vector ``low`` on.
 
-        Lanes past the head's end repeat its last element.
+        Lanes past the head's end repeat its last element. Where pairs are read, ``low`` is even.
         """
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
