@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -19,20 +19,18 @@ from attntune.errors import TuningError
 from attntune.host import available_cpus
 from attntune.measure.runner import Runner
 from attntune.measure.trial import Trial
-from attntune.models.shapes import Shape, by_name
-from attntune.ops.workload import Workload
+from attntune.models.shapes import Shape
 from attntune.progress import OnEvent, TrialDone, TuningSummary
 from attntune.search import searcher_named
 from attntune.search.scheduler import TaskScheduler
 from attntune.search.searcher import Features, Searcher
 from attntune.search.space import Config, ConfigSpace
 from attntune.target import Target
+from attntune.tuning_request import at_precision, requested
 from attntune.tuning_task import TuningTask
 
 SearcherFactory = Callable[[ConfigSpace, Features, Config, int], Searcher]
 
-#: Shapes a model is tuned for when none are given and it names none itself.
-DEFAULT_SHAPES: tuple[Mapping[str, int], ...] = ({"batch": 1, "seq": 128},)
 #: Configs of one workload asked for at once; more where more are built at once.
 _BATCH = 4
 #: Batches without improvement after which a workload's search ends.
@@ -110,13 +108,8 @@ def tune(
     make = searcher_named(searcher) if isinstance(searcher, str) else searcher
     where = Target.parse(target)
     if precision != "float32":
-        model = _at_precision(model, precision, where, on_progress)
-    calls = _workloads(model, shapes, entries)
-    if operators is not None:
-        known_operators = sorted({workload.op for workload in calls})
-        if unknown := sorted({*operators} - {*known_operators}):
-            raise TuningError(f"unknown operators {unknown}; expected some of {known_operators}")
-        calls = {workload: n for workload, n in calls.items() if workload.op in operators}
+        model = at_precision(model, precision, where, on_progress)
+    calls = requested(model, shapes, entries, operators)
     journal = Journal(Path(database))
     known = journal.load()
     own_runner = runner is None
@@ -336,63 +329,6 @@ class _Session:
         seconds_left = None if self.seconds is None else max(0.0, self.deadline - monotonic())
         state = task.state(self.scheduler.finished(task.key))
         self.on_event(TrialDone(record, state, self.measured, left, seconds_left))
-
-
-def _at_precision(model: Any, precision: str, target: Target, tell: Callable[[str], None] | None) -> Any:
-    from attntune.models.precision import at_precision, fitting
-
-    if not hasattr(model, "workloads"):
-        raise TuningError("expected a precision only with a model: a workload's dtypes are fixed")
-    return at_precision(model, fitting(precision, target, tell, model))
-
-
-def _workloads(
-    model: Any, shapes: Sequence[Shape] | None, entries: Sequence[str] | None
-) -> dict[Workload, tuple[int, str]]:
-    """Workload → calls and the shape of the model it belongs to, of whatever :func:`tune` accepts."""
-    if hasattr(model, "workloads"):
-        own = getattr(model, "shapes", ()) or DEFAULT_SHAPES
-        return _of_model(model, shapes if shapes is not None else own, entries)
-    if shapes is not None or entries is not None:
-        raise TuningError("expected shapes and entries only with a model: a workload's shape is fixed")
-    calls: dict[Workload, int] = {}
-    if isinstance(model, Mapping):
-        calls = dict(model)
-    elif isinstance(model, Iterable) and not isinstance(model, str | bytes):
-        for workload in model:
-            calls[workload] = calls.get(workload, 0) + 1
-    else:
-        calls = {model: 1}
-    if not calls:
-        raise TuningError("nothing to tune: expected at least one workload, got none")
-    for workload, n in calls.items():
-        if not isinstance(workload, Workload):
-            raise TuningError(f"expected a model, a Workload, or a list or dict of them; got {type(workload).__name__}")
-        if not isinstance(n, int) or n < 1:
-            raise TuningError(f"expected a positive number of calls of {workload}, got {n!r}")
-    return {workload: (n, "") for workload, n in calls.items()}
-
-
-def _of_model(model: Any, shapes: Sequence[Shape], chosen: Sequence[str] | None) -> dict[Workload, tuple[int, str]]:
-    """A workload of several shapes belongs to the first."""
-    found: dict[Workload, tuple[int, str]] = {}
-    named = getattr(model, "named_shape", by_name)
-    entries = getattr(model, "entries", None) or {"forward": None}
-    unasked = [name for name, spec in entries.items() if not getattr(spec, "on_request", False)]
-    if unknown := [name for name in chosen or () if name not in entries]:
-        raise TuningError(f"unknown entries {unknown}; expected some of {sorted(entries)}")
-    for shape in map(named, shapes):
-        calls: dict[Workload, int] = {}
-        # Entry points share most of their calls, and one run uses one of them.
-        for entry in chosen or unasked:
-            for workload, n in model.workloads([shape], entry).items():
-                calls[workload] = max(n, calls.get(workload, 0))
-        for workload, n in calls.items():
-            known, group = found.get(workload, (0, str(shape)))
-            found[workload] = known + n, group
-    if not found:
-        raise TuningError("nothing to tune: expected a model with operator calls and at least one shape")
-    return found
 
 
 def _local_runner(cache: str) -> Runner:

@@ -28,6 +28,7 @@ ORDER = (
 #: Modules that join several stages, and the first stage that may import them: artifacts run without either.
 JOINERS = {
     "progress": "engines",
+    "tuning_request": "engines",
     "tuning_task": "engines",
     "tuner": "engines",
     "compiler": "engines",

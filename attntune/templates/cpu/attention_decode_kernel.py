@@ -41,7 +41,7 @@ class DecodeKernel(DecodeScores):
                 self.total = T.sblock_alloc_buffer((pairs * splits, self.padded_rows), "float32")
                 code = (bf16.LLVM_IR if self.halved else "") + (PREFETCH_IR if self.prefetch else "")
                 imports = {"pragma_import_llvm": code} if code else {}
-                heads = w.kv_heads if self.heads_inside else 1
+                heads = self.task_heads
                 with T.parallel(pairs * splits // heads, annotations=imports) as task, T.sblock("split"):
                     T.reads()
                     T.writes()
@@ -80,7 +80,7 @@ class DecodeKernel(DecodeScores):
         end = T.bind(T.min(start + blocks * self.key_block, high))
         self.end = end
 
-        heads = w.kv_heads if self.heads_inside else 1
+        heads = self.task_heads
         beside = self.dims * lanes if self.beside else 0
         self.p = T.sblock_alloc_buffer((heads * self.padded_rows, self.key_block + beside), "float32")
         self.alpha = T.sblock_alloc_buffer((heads * self.padded_rows,), "float32")

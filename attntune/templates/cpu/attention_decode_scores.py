@@ -45,7 +45,9 @@ class DecodeScores:
         self.score_rows = config.integer("score_rows")
         self.out_rows = config.integer("out_rows")
         self.prefetch = config.integer("prefetch")
-        self.heads_inside = bool(config.get("heads_inside", False))
+        self.heads_inside = bool(config["heads_inside"])
+        #: Heads of keys and values that a task has.
+        self.task_heads = w.kv_heads if self.heads_inside else 1
         self.group = w.heads // w.kv_heads
         self.rows = w.q_len * self.group
         self.padded_rows = math.ceil(self.rows / self.out_rows) * self.out_rows
