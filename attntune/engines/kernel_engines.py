@@ -257,11 +257,11 @@ class TorchKernels(KernelEngine):
         return ways
 
     def _attention(self, w: Attention, query: Any, key: Any, value: Any) -> Call:
-        """``F.scaled_dot_product_attention`` on (batch, heads, seq, head_dim), or on transposed views for ``bshd``."""
-        if w.layout == "bshd":
-            query, key, value = (
-                x.view(w.batch, x.shape[1], -1, w.head_dim).transpose(1, 2) for x in (query, key, value)
-            )
+        """``F.scaled_dot_product_attention``; of operands whose heads lie side by side it gets transposed views."""
+        query, key, value = (
+            x if x.dim() == 4 else x.view(w.batch, x.shape[1], -1, w.head_dim).transpose(1, 2)
+            for x in (query, key, value)
+        )
         attend = self._torch.nn.functional.scaled_dot_product_attention
         options = {"is_causal": w.causal and w.q_len > 1, "scale": w.scale, "enable_gqa": w.heads != w.kv_heads}
         turned = w.layout == "bshd"

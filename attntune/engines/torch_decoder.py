@@ -89,9 +89,9 @@ def kv_append(call: OpCall) -> Callable[..., Any]:
             rows = at.clamp(0, tables[0].shape[0] - 1)
             cos, sin = (table[rows] for table in tables)
             query, key = (rotated(x, cos, sin, head_dim, style) for x in (query, key))
-        sequence, new = ((at >= 0) & (at < key_cache.shape[1])).nonzero(as_tuple=True)
+        sequence, new = ((at >= 0) & (at < key_cache.shape[2])).nonzero(as_tuple=True)
         for cache, rows in ((key_cache, key), (value_cache, value)):
-            cache[sequence, at[sequence, new]] = rows[sequence, new]
+            cache[sequence, :, at[sequence, new]] = rows[sequence, new].unflatten(-1, (kv_heads, head_dim))
         return query, key_cache, value_cache
 
     return step
@@ -104,7 +104,7 @@ def relative_bias(call: OpCall) -> Callable[..., Any]:
     zero = int(call.attrs["zero"])
 
     def step(_: Any, rows: Any, table: Any, *rest: Any) -> Any:
-        keys = torch.arange(rest[1].shape[1] if rest else rows.shape[1], device=rows.device)
+        keys = torch.arange(rest[1].shape[2] if rest else rows.shape[1], device=rows.device)
         at = positions(rows, rest[0] if rest else None)[..., None]
         found = table[:, (keys - at + zero).clamp(0, table.shape[1] - 1)]
         return found.transpose(0, 1) if rest else found[None]

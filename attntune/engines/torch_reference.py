@@ -204,7 +204,7 @@ def _attention(call: OpCall) -> Step:
 
     def step(shared: dict[Any, Any], *operands: Any) -> Any:
         query, key, value = operands[0].split(widths, -1) if packed else operands[:3]
-        batch, q_len, kv_len = query.shape[0], query.shape[1], key.shape[1]
+        batch, q_len, kv_len = query.shape[0], query.shape[1], key.shape[-2]
         mask, bias, lengths = (None if place is None else operands[place] for place in places)
         name = (*sources, causal, q_len, kv_len)
         if name not in shared:
@@ -213,7 +213,7 @@ def _attention(call: OpCall) -> Step:
             shared[name] = _additive_mask(mask, bias, exist, triangle, query, kv_len, shared[_INSPECT])
         additive, attends = shared[name]
         query, key, value = (
-            x.view(batch, x.shape[1], count, head_dim).transpose(1, 2)
+            x if x.dim() == 4 else x.view(batch, x.shape[1], count, head_dim).transpose(1, 2)
             for x, count in ((query, heads), (key, kv_heads), (value, kv_heads))
         )  # fmt: skip
         if attrs.get("weights"):

@@ -23,7 +23,10 @@ _LOWEST = float(np.finfo(np.float32).min)
 
 @dataclass(frozen=True)
 class _Operands:
-    """The names of one call's operands; ``query`` is (batch, q_len, heads·head_dim), ``mask`` (batch, kv_len)."""
+    """The names of one call's operands; ``query`` is (batch, q_len, heads·head_dim), ``mask`` (batch, kv_len).
+
+    Key and value are (batch, kv_len, kv_heads·head_dim), or with ``heads_apart`` (batch, kv_heads, kv_len, head_dim).
+    """
 
     query: str
     key: str
@@ -31,9 +34,12 @@ class _Operands:
     mask: str | None
     bias: str | None
     lengths: str | None
+    heads_apart: bool
     q_source: str
+    """A value whose axis 1 is q_len."""
     kv_source: str
-    """Values whose axis 1 is q_len and kv_len; the same for packed operands, so masks are shared between layers."""
+    """A value with an axis of kv_len, of packed operands the same one, so that masks are shared between layers."""
+    kv_axis: int
 
 
 def attention(builder: GraphBuilder, call: OpCall) -> str | tuple[str, str]:
@@ -62,9 +68,11 @@ def _operands(builder: GraphBuilder, call: OpCall) -> _Operands:
     mask = args.pop(0) if attrs["mask"] else None
     bias = args.pop(0) if attrs["bias"] else None
     lengths = args.pop(0) if attrs.get("lengths") else None
+    heads_apart = attrs.get("kv_layout") == "bhsd"
+    kv_axis = 2 if heads_apart and mask is None else 1
     if mask is not None:
         sources = (mask if attrs["packed"] else sources[0], mask)
-    return _Operands(query, key, value, mask, bias, lengths, *sources)
+    return _Operands(query, key, value, mask, bias, lengths, heads_apart, *sources, kv_axis)
 
 
 def _allowed(builder: GraphBuilder, call: OpCall, operands: _Operands) -> str | None:
@@ -80,7 +88,7 @@ def _allowed(builder: GraphBuilder, call: OpCall, operands: _Operands) -> str | 
     if operands.lengths is not None:
         parts += _within_lengths(builder, operands, operands.lengths, call.attrs["lengths"], causal)
     if causal and call.attrs.get("lengths") != "kv":
-        parts.append(_causal(builder, operands.q_source, operands.kv_source))
+        parts.append(_causal(builder, operands))
     if not parts:
         return None
 
@@ -103,7 +111,9 @@ def _within_lengths(builder: GraphBuilder, operands: _Operands, lengths: str, ki
         return builder.node("Unsqueeze", x, builder.ints(1, 2, 3))
 
     def keys() -> str:
-        return builder.node("Less", counted(builder, operands.kv_source), column(long(builder, lengths)))
+        return builder.node(
+            "Less", counted(builder, operands.kv_source, operands.kv_axis), column(long(builder, lengths))
+        )
 
     def index() -> str:
         return builder.node("Unsqueeze", counted(builder, operands.q_source), builder.ints(1))
@@ -120,24 +130,21 @@ def _within_lengths(builder: GraphBuilder, operands: _Operands, lengths: str, ki
         def before() -> str:
             first = builder.node("Sub", long(builder, lengths), builder.dim(operands.q_source, 1))
             at = builder.node("Add", column(first), index())
-            return builder.node("LessOrEqual", counted(builder, operands.kv_source), at)
+            return builder.node("LessOrEqual", counted(builder, operands.kv_source, operands.kv_axis), at)
 
         parts.append(builder.shared(("before", lengths, operands.q_source, operands.kv_source), before))
     return parts
 
 
-def _causal(builder: GraphBuilder, q_source: str, kv_source: str) -> str:
+def _causal(builder: GraphBuilder, operands: _Operands) -> str:
     """Bool (q_len, kv_len): key j is allowed for query i when j <= i."""
+    queries, keys, axis = operands.q_source, operands.kv_source, operands.kv_axis
 
     def make() -> str:
-        zero, one = builder.constant(0, "int64"), builder.constant(1, "int64")
-        q_len, kv_len = (
-            builder.node("Squeeze", builder.dim(source, 1), builder.ints(0)) for source in (q_source, kv_source)
-        )
-        rows = builder.node("Unsqueeze", builder.node("Range", zero, q_len, one), builder.ints(1))
-        return builder.node("LessOrEqual", builder.node("Range", zero, kv_len, one), rows)
+        rows = builder.node("Unsqueeze", counted(builder, queries), builder.ints(1))
+        return builder.node("LessOrEqual", counted(builder, keys, axis), rows)
 
-    return builder.shared(("causal", q_source, kv_source), make)
+    return builder.shared(("causal", queries, keys), make)
 
 
 def _additive(builder: GraphBuilder, allowed: str, dtype: str) -> str:
@@ -180,11 +187,14 @@ def _decomposed(builder: GraphBuilder, call: OpCall, operands: _Operands) -> tup
     heads, kv_heads, head_dim = attrs["heads"], attrs["kv_heads"], attrs["head_dim"]
 
     def split_heads(x: str, count: int, perm: list[int]) -> str:
-        return builder.node("Transpose", builder.node("Reshape", x, builder.ints(0, 0, count, head_dim)), perm=perm)
+        return _split_heads(builder, x, count, head_dim, perm)
 
     query = split_heads(operands.query, heads, [0, 2, 1, 3])
-    key = split_heads(operands.key, kv_heads, [0, 2, 3, 1])
-    value = split_heads(operands.value, kv_heads, [0, 2, 1, 3])
+    if operands.heads_apart:
+        key, value = builder.node("Transpose", operands.key, perm=[0, 1, 3, 2]), operands.value
+    else:
+        key = split_heads(operands.key, kv_heads, [0, 2, 3, 1])
+        value = split_heads(operands.value, kv_heads, [0, 2, 1, 3])
     if heads != kv_heads:
         key = _repeat_heads(builder, key, heads, kv_heads, (0, heads, head_dim, -1))
         value = _repeat_heads(builder, value, heads, kv_heads, (0, heads, -1, head_dim))
@@ -199,8 +209,17 @@ def _decomposed(builder: GraphBuilder, call: OpCall, operands: _Operands) -> tup
     weights = builder.node("Softmax", scores, axis=-1)
     if allowed is not None and _may_attend_none(operands):
         weights = builder.node("Where", _attends_any(builder, allowed), weights, builder.constant(0.0, dtype))
-    out = builder.node("Transpose", builder.node("MatMul", weights, value), perm=[0, 2, 1, 3])
-    return builder.node("Reshape", out, builder.ints(0, 0, heads * head_dim)), weights
+    return _merged_heads(builder, builder.node("MatMul", weights, value), heads * head_dim), weights
+
+
+def _split_heads(builder: GraphBuilder, x: str, count: int, head_dim: int, perm: list[int]) -> str:
+    """X (batch, len, count·head_dim) as (batch, len, count, head_dim), its axes in the order ``perm``."""
+    return builder.node("Transpose", builder.node("Reshape", x, builder.ints(0, 0, count, head_dim)), perm=perm)
+
+
+def _merged_heads(builder: GraphBuilder, x: str, width: int) -> str:
+    """X (batch, heads, len, head_dim) as (batch, len, width)."""
+    return builder.node("Reshape", builder.node("Transpose", x, perm=[0, 2, 1, 3]), builder.ints(0, 0, width))
 
 
 def _may_attend_none(operands: _Operands) -> bool:
@@ -222,7 +241,7 @@ def _standard(builder: GraphBuilder, call: OpCall, operands: _Operands) -> str:
 
     def full(mask: str) -> str:
         """ONNX Runtime wants the last two axes spelled out, where the standard lets them broadcast."""
-        lengths = [builder.dim(operands.q_source, 1), builder.dim(operands.kv_source, 1)]
+        lengths = [builder.dim(operands.q_source, 1), builder.dim(operands.kv_source, operands.kv_axis)]
         shape = builder.node("Concat", builder.ints(1, 1), *lengths, axis=0)
         return builder.node("Expand", mask, shape)
 
@@ -235,6 +254,11 @@ def _standard(builder: GraphBuilder, call: OpCall, operands: _Operands) -> str:
     elif allowed is not None:
         mask = allowed
         inputs.append(builder.shared(("full", mask), lambda: full(mask)))
+    if operands.heads_apart:
+        # Then the operator wants an axis of heads in all of them.
+        heads, head_dim = attrs["heads"], attrs["head_dim"]
+        inputs[0] = _split_heads(builder, operands.query, heads, head_dim, [0, 2, 1, 3])
+        return _merged_heads(builder, builder.node("Attention", *inputs, scale=_scale(call)), heads * head_dim)
     attributes: dict[str, Any] = {"q_num_heads": attrs["heads"], "kv_num_heads": attrs["kv_heads"]}
     return builder.node("Attention", *inputs, scale=_scale(call), **attributes)
 
@@ -256,7 +280,7 @@ def _onnxruntime(builder: GraphBuilder, call: OpCall, operands: _Operands) -> st
 
         padding = builder.shared(("padding", mask), as_int32)
     if bias:
-        lengths = [builder.dim(operands.q_source, 1), builder.dim(operands.kv_source, 1)]
+        lengths = [builder.dim(operands.q_source, 1), builder.dim(operands.kv_source, operands.kv_axis)]
         bias = builder.node("Expand", bias, builder.node("Concat", builder.ints(1, 1), *lengths, axis=0))
     out = builder.node(
         "MultiHeadAttention", operands.query, operands.key, operands.value, "", padding, bias,

@@ -65,22 +65,23 @@ def kv_append(builder: GraphBuilder, call: OpCall) -> tuple[str, str, str]:
         angles = [table_rows(builder, table, at) for table in tables]
         query = rotated(builder, call, query, heads, *angles)
         key = rotated(builder, call, key, kv_heads, *angles)
-    inside, source = _slots(builder, qkv, lengths, key_cache)
+    inside, source = _slots(builder, qkv, lengths, key_cache, kv_heads)
     caches = []
     for cache, new in ((key_cache, key), (value_cache, value)):
-        rows = builder.node("GatherND", new, source, batch_dims=1)
+        heads_apart = builder.node("Reshape", new, builder.ints(0, 0, kv_heads, head_dim))
+        rows = builder.node("GatherND", builder.node("Transpose", heads_apart, perm=[0, 2, 1, 3]), source, batch_dims=2)
         caches.append(builder.node("Where", inside, rows, cache))
     return query, caches[0], caches[1]
 
 
-def _slots(builder: GraphBuilder, new: str, lengths: str, cache: str) -> tuple[str, str]:
-    """Of each slot of a cache: whether it is written (batch, context, 1), and by which row (batch, context, 1)."""
+def _slots(builder: GraphBuilder, new: str, lengths: str, cache: str, kv_heads: int) -> tuple[str, str]:
+    """Of each slot of a cache, whether it is written (batch, 1, context, 1), and by which row (…, kv_heads, …)."""
 
     def rows() -> str:
         # The first new row goes to slot lengths - q_len.
         first = builder.node("Sub", long(builder, lengths), builder.dim(new, 1))
-        every = counted(builder, cache)
-        return builder.node("Unsqueeze", builder.node("Sub", every, first_axis(builder, first)), builder.ints(2))
+        every = counted(builder, cache, 2)
+        return builder.node("Unsqueeze", builder.node("Sub", every, first_axis(builder, first)), builder.ints(1, 3))
 
     row = builder.shared(("slot row", lengths, new), rows)
 
@@ -90,9 +91,10 @@ def _slots(builder: GraphBuilder, new: str, lengths: str, cache: str) -> tuple[s
 
     def source() -> str:
         last = builder.node("Sub", builder.dim(new, 1), builder.ints(1))
-        return builder.node("Max", builder.node("Min", row, last), builder.ints(0))
+        existing = builder.node("Max", builder.node("Min", row, last), builder.ints(0))
+        return builder.node("Expand", existing, builder.ints(1, kv_heads, 1, 1))
 
-    return builder.shared(("slot inside", row), inside), builder.shared(("slot source", row), source)
+    return builder.shared(("slot inside", row), inside), builder.shared(("slot source", row, kv_heads), source)
 
 
 def argmax(builder: GraphBuilder, call: OpCall) -> str:
@@ -115,14 +117,14 @@ def first_axis(builder: GraphBuilder, x: str) -> str:
     return builder.node("Unsqueeze", x, builder.ints(1))
 
 
-def counted(builder: GraphBuilder, x: str) -> str:
-    """0, 1, … along axis 1 of ``x``, int64."""
+def counted(builder: GraphBuilder, x: str, axis: int = 1) -> str:
+    """0, 1, … along an axis of ``x``, int64."""
 
     def make() -> str:
         zero, one = builder.constant(0, "int64"), builder.constant(1, "int64")
-        return builder.node("Range", zero, builder.node("Squeeze", builder.dim(x, 1), builder.ints(0)), one)
+        return builder.node("Range", zero, builder.node("Squeeze", builder.dim(x, axis), builder.ints(0)), one)
 
-    return builder.shared(("counted", x), make)
+    return builder.shared(("counted", x, axis), make)
 
 
 def positions(builder: GraphBuilder, x: str, lengths: str | None, offset: int = 0) -> str:

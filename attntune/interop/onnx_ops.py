@@ -199,7 +199,7 @@ def add_positions(builder: GraphBuilder, call: OpCall) -> str:
 def relative_bias(builder: GraphBuilder, call: OpCall) -> str:
     """``table[:, j - p + zero]``, the index clamped; p counted from the start or back from ``lengths``."""
     rows, table, *rest = call.args
-    keys = counted(builder, rest[1] if rest else rows)
+    keys = counted(builder, rest[1], 2) if rest else counted(builder, rows)
     at = builder.node("Unsqueeze", positions(builder, rows, rest[0] if rest else None), builder.ints(-1))
     distance = builder.node("Add", builder.node("Sub", keys, at), builder.constant(int(call.attrs["zero"]), "int64"))
     columns = clamped(builder, distance, int(call.arg_shapes[1][1]))

@@ -75,8 +75,8 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
             x: the decoder's rows.
             cross: keys and values (batch, source, width) from :meth:`CrossAttention.keys_values`.
             source_lengths: (batch,) rows of the source that exist; None: all.
-            cache: lengths (batch,), keys and values (batch, context, width): x are then the last rows of sequences
-                that are ``lengths`` long, and join the cache.
+            cache: lengths (batch,), keys and values (batch, heads, context, head_dim): x are then the last rows of
+                sequences that are ``lengths`` long, and join the cache.
             maps: lists that self-attention's and cross-attention's weights join.
             bias: (1|batch, heads, seq, seq), with a cache (batch, heads, seq, context), of self-attention's scores.
         """

@@ -147,7 +147,7 @@ def _entries(c: DecoderConfig) -> dict[str, Entry]:
     last = InputSpec("logits", ("batch", c.vocab_size), "float32")
     lengths = InputSpec("lengths", ("batch",), "int32")
     caches = tuple(
-        InputSpec(f"{kind}_cache.{index}", ("batch", "context", c.kv_heads * c.head_dim), "float32", carried=True)
+        InputSpec(f"{kind}_cache.{index}", ("batch", c.kv_heads, "context", c.head_dim), "float32", carried=True)
         for index in range(c.num_layers)
         for kind in ("key", "value")
     )

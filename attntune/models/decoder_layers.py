@@ -53,7 +53,10 @@ class CausalSelfAttention(nn.Module):  # type: ignore[misc]
         return self.output(context, residual), weights
 
     def cached(self, x: Any, rope: Angles | None, lengths: Any, keys: Any, values: Any, residual: Any) -> Any:
-        """The last seq tokens of sequences that are ``lengths`` (batch,) long; caches (batch, context, …) gain them."""
+        """The last seq tokens of sequences that are ``lengths`` (batch,) long, over caches that gain them.
+
+        X and residual (batch, seq, hidden), keys and values (batch, kv_heads, context, head_dim) → as x.
+        """
         angles = () if rope is None else (rope.cos, rope.sin)
         query, keys, values = op.kv_append(
             self.qkv(x), lengths, keys, values, *angles, **self.sizes, style=self.style

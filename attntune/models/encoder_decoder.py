@@ -233,7 +233,7 @@ def _entries(c: EncoderDecoderConfig) -> dict[str, Entry]:
         return tuple(InputSpec(f"{name}.{i}", ("batch", c.heads, queries, keys), "float32") for i in range(layers))
 
     cross = each("cross_key", "cross_value", dims=("batch", source, c.width))
-    caches = each("key_cache", "value_cache", dims=("batch", "context", c.width))
+    caches = each("key_cache", "value_cache", dims=("batch", c.heads, "context", c.width // c.heads))
     updates = {cache.name: cache.name for cache in caches}
     lengths = InputSpec("lengths", ("batch",), "int32")
     last = InputSpec("last", ("batch",), "int64")

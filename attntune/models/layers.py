@@ -146,7 +146,7 @@ class SelfAttention(nn.Module):  # type: ignore[misc]
     def cached(
         self, x: Any, lengths: Any, keys: Any, values: Any, residual: Any, bias: Any | None = None
     ) -> Any:  # fmt: skip
-        """The last rows of sequences ``lengths`` (batch,) long; caches (batch, context, width) gain them in place.
+        """The last rows of sequences ``lengths`` (batch,) long; caches (batch, heads, context, head_dim) gain them.
 
         ``bias`` (batch, heads, seq, context) is added to scores.
         """

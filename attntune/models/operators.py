@@ -78,6 +78,8 @@ def attention(
 ) -> Any:
     """One operand: packed qkv (batch, seq, (heads + 2·kv_heads)·head_dim); three: query, key, value.
 
+    Key and value may be caches, (batch, kv_heads, kv_len, head_dim).
+
     mask (batch, kv_len) int64, bias (1|batch, 1|heads, q_len, kv_len), lengths (batch,) int32, of the keys or with
     ``length_kind="qkv"`` of the queries too → (batch, q_len, heads·head_dim); with ``weights`` also the softmax
     (batch, heads, q_len, kv_len) float32.
@@ -86,6 +88,10 @@ def attention(
         "heads": heads, "kv_heads": kv_heads or heads, "head_dim": head_dim, "packed": len(operands) == 1,
         "causal": causal, "mask": mask is not None, "bias": bias is not None, "scale": scale,
     }  # fmt: skip
+    keys = operands[min(1, len(operands) - 1)]
+    cached = len(keys.shape) == 4
+    if cached:
+        attrs["kv_layout"] = "bhsd"
     if lengths is not None:
         attrs["lengths"] = length_kind
     if weights:
@@ -95,10 +101,8 @@ def attention(
     out = ((first.shape[0], first.shape[1], heads * head_dim), first.dtype)
     if not weights:
         return emit("attention", attrs, args, *out)
-    keys = operands[0 if len(operands) == 1 else 1]
-    return emit_many(
-        "attention", attrs, args, [out, ((first.shape[0], heads, first.shape[1], keys.shape[1]), "float32")]
-    )
+    shape = (first.shape[0], heads, first.shape[1], keys.shape[2 if cached else 1])
+    return emit_many("attention", attrs, args, [out, (shape, "float32")])
 
 
 def layer_norm(
@@ -171,7 +175,7 @@ def kv_append(
     head_dim: int,
     style: str = "",
 ) -> tuple[Any, Any, Any]:
-    """Keys and values of packed qkv (batch, q_len, …) into caches (batch, context, kv_heads·head_dim), in place.
+    """Keys and values of packed qkv (batch, q_len, …) into caches (batch, kv_heads, context, head_dim), in place.
 
     → query (batch, q_len, heads·head_dim), key_cache, value_cache; queries and keys are rotated if there is a style.
     """
@@ -213,12 +217,12 @@ def relative_bias(rows: Any, table: Any, lengths: Any | None = None, keys: Any |
     """Table (heads, distances) by the distance from query to key → bias (1|batch, heads, q_len, kv_len).
 
     Rows (batch, q_len) int64 give the number of queries and, without ``keys``, of keys. ``lengths`` (batch,) int32
-    and ``keys`` (batch, kv_len, width): the queries are the last ones of their sequences, as over a cache. ``zero``:
-    the column of distance 0.
+    and ``keys`` (batch, heads, kv_len, head_dim): the queries are the last ones of their sequences, as over a cache.
+    ``zero``: the column of distance 0.
     """
     args = [arg for arg in (rows, table, lengths, keys) if arg is not None]
     attrs = {"zero": zero, "lengths": lengths is not None}
-    batch, kv_len = (1, rows.shape[1]) if keys is None else (rows.shape[0], keys.shape[1])
+    batch, kv_len = (1, rows.shape[1]) if keys is None else (rows.shape[0], keys.shape[2])
     return emit("relative_bias", attrs, args, (batch, table.shape[0], rows.shape[1], kv_len), table.dtype)
 
 

@@ -24,7 +24,7 @@ FLOOR = -1.0e29
 
 #: Fields that are left out of a key while they hold their default: records outlive the variants added after them.
 _LEFT_OUT = frozenset(
-    {"layout", "window", "softcap", "alibi", "bias_q", "lengths", "ragged", "score_mod", "weights"}
+    {"layout", "kv_layout", "window", "softcap", "alibi", "bias_q", "lengths", "ragged", "score_mod", "weights"}
 )  # fmt: skip
 
 
@@ -42,6 +42,9 @@ class Attention(Workload):
     key, value  (batch, kv_len, kv_heads·head_dim)             (batch, kv_heads, kv_len, head_dim)
     out         (batch, q_len, heads·head_dim)                 (batch, heads, q_len, head_dim)
     ==========  =============================================  ==========================================
+
+    With ``kv_layout="bhsd"`` key and value have this layout whatever that of query and out: a cache, in which all keys
+    of a head lie in one piece (:class:`attntune.ops.KVAppend`).
 
     qkv (``packed``: all query heads, then keys, then values) takes the place of query, key and value. Then, each only
     if the variant has it: mask (batch, kv_len) int64, nonzero where a key may be attended to; bias (bias_batch,
@@ -85,6 +88,8 @@ class Attention(Workload):
     dtype: str = "float32"
     layout: str = "bshd"
     """``"bshd"``, or ``"bhsd"``: what PyTorch's scaled_dot_product_attention takes."""
+    kv_layout: str = ""
+    """Of key and value; ``""`` means ``layout``."""
     window: int = 0
     """How many keys a query sees, itself included; 0 means all up to it. With ``causal``."""
     softcap: float = 0.0
@@ -108,12 +113,15 @@ class Attention(Workload):
             object.__setattr__(self, "kv_heads", self.heads)
         if self.bias_heads and self.bias_q == self.q_len:
             object.__setattr__(self, "bias_q", 0)
+        if self.kv_layout == self.layout:
+            object.__setattr__(self, "kv_layout", "")
         positive(
             self.op, batch=self.batch, heads=self.heads, kv_heads=self.kv_heads,
             q_len=self.q_len, kv_len=self.kv_len, head_dim=self.head_dim,
         )  # fmt: skip
         one_of(self.op, "dtype", self.dtype, FLOAT_DTYPES)
         one_of(self.op, "layout", self.layout, ("bshd", "bhsd"))
+        one_of(self.op, "kv_layout", self.kv_layout, ("", "bhsd"))
         one_of(self.op, "lengths", self.lengths, ("", "kv", "qkv"))
         one_of(self.op, "bias_batch", self.bias_batch, (0, 1, self.batch))
         one_of(self.op, "bias_heads", self.bias_heads, (0, 1, self.heads))
@@ -132,7 +140,8 @@ class Attention(Workload):
                 f"attention: expected {name} to have q_len == kv_len, got {self.q_len} and {self.kv_len}",
             )
         for name, fused in (("packed", self.packed), ("ragged", self.ragged)):
-            require(not fused or self.layout == "bshd", f"attention: expected {name} to have layout 'bshd'")
+            heads_apart = self.heads_apart("query") or self.heads_apart("key")
+            require(not fused or not heads_apart, f"attention: expected {name} to have layout 'bshd' for all operands")
         clashes = {
             "mask": self.mask, "bias": bool(self.bias_heads), "lengths": bool(self.lengths), "weights": self.weights,
             "causal_offset": bool(self.causal_offset),
@@ -168,7 +177,8 @@ class Attention(Workload):
         heads, kv_heads, head_dim = attrs["heads"], attrs["kv_heads"], attrs["head_dim"]
         layout = attrs.get("layout", "bshd")
         first = args[0]
-        seq_axis = 2 if layout == "bhsd" else 0 if ragged else 1
+        kv_layout = attrs.get("kv_layout", "") or layout
+        seq_axis, kv_axis = (2 if kind == "bhsd" else 0 if ragged else 1 for kind in (layout, kv_layout))
         width = head_dim if layout == "bhsd" else (heads + 2 * kv_heads if packed else heads) * head_dim
         require(first.shape[-1] == width, f"attention: expected a last axis of {width}, got {first.shape}")
         at = 1 if packed else 3
@@ -176,14 +186,18 @@ class Attention(Workload):
         bias = args[at].shape if attrs.get("bias") else (0, 0, 0)
         return cls(
             batch=args[-1].shape[0] - 1 if ragged else first.shape[0], heads=heads, kv_heads=kv_heads,
-            q_len=first.shape[seq_axis], kv_len=args[0 if packed else 1].shape[seq_axis], head_dim=head_dim,
+            q_len=first.shape[seq_axis], kv_len=args[0 if packed else 1].shape[kv_axis], head_dim=head_dim,
             packed=packed, causal=bool(attrs.get("causal", False)), causal_offset=attrs.get("causal_offset", 0),
             mask=bool(attrs.get("mask", False)), bias_batch=bias[0], bias_heads=bias[1], bias_q=bias[2],
-            scale=attrs.get("scale"), dtype=first.dtype, layout=layout, window=attrs.get("window", 0),
-            softcap=attrs.get("softcap", 0.0), alibi=bool(attrs.get("alibi", False)),
+            scale=attrs.get("scale"), dtype=first.dtype, layout=layout, kv_layout=kv_layout,
+            window=attrs.get("window", 0), softcap=attrs.get("softcap", 0.0), alibi=bool(attrs.get("alibi", False)),
             lengths=attrs.get("lengths", ""), ragged=ragged, score_mod=attrs.get("score_mod", ""),
             weights=bool(attrs.get("weights", False)),
         )  # fmt: skip
+
+    def heads_apart(self, name: str) -> bool:
+        """Whether the operand ``query``, ``key``, ``value`` or ``out`` has an axis of heads, before that of rows."""
+        return (self.kv_layout if name in ("key", "value") and self.kv_layout else self.layout) == "bhsd"
 
     @property
     def scaling(self) -> float:
@@ -209,7 +223,7 @@ class Attention(Workload):
             specs = [TensorSpec("qkv", self._rows(self.q_len, width), self.dtype)]
         else:
             specs = [
-                TensorSpec(name, self._shape(heads, length), self.dtype)
+                TensorSpec(name, self._shape(name, heads, length), self.dtype)
                 for name, heads, length in (
                     ("query", self.heads, self.q_len),
                     ("key", self.kv_heads, self.kv_len),
@@ -231,13 +245,13 @@ class Attention(Workload):
 
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Out, shaped as query is; then the attention weights if they are asked for."""
-        out = TensorSpec("out", self._shape(self.heads, self.q_len), self.dtype)
+        out = TensorSpec("out", self._shape("out", self.heads, self.q_len), self.dtype)
         if not self.weights:
             return (out,)
         return out, TensorSpec("weights", (self.batch, self.heads, self.q_len, self.kv_len), "float32")
 
-    def _shape(self, heads: int, length: int) -> tuple[int, ...]:
-        if self.layout == "bhsd":
+    def _shape(self, name: str, heads: int, length: int) -> tuple[int, ...]:
+        if self.heads_apart(name):
             return (self.batch, heads, length, self.head_dim)
         return self._rows(length, heads * self.head_dim)
 

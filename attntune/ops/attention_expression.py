@@ -20,10 +20,10 @@ def expression(w: Attention) -> list[Any]:
     dim, group = w.head_dim, w.heads // w.kv_heads
     q_width, kv_width = w.heads * dim, w.kv_heads * dim
     key_at, value_at = (q_width, q_width + kv_width) if w.packed else (0, 0)
-    query, key, value = (operands["qkv" if w.packed else name] for name in ("query", "key", "value"))
 
-    def element(tensor: Any, b: Any, h: Any, i: Any, d: Any, column: int) -> Any:
-        if w.layout == "bhsd":
+    def element(name: str, b: Any, h: Any, i: Any, d: Any, column: int) -> Any:
+        tensor = operands["qkv" if w.packed else name]
+        if w.heads_apart(name):
             found = tensor[b, h, i, d]
         else:
             at = column + h * dim + d
@@ -36,7 +36,7 @@ def expression(w: Attention) -> list[Any]:
     products = te.compute(
         scores_shape,
         lambda b, h, i, j: te.sum(
-            element(query, b, h, i, d, 0) * element(key, b, h // group, j, d, key_at), axis=d
+            element("query", b, h, i, d, 0) * element("key", b, h // group, j, d, key_at), axis=d
         ),
         name="products",
     )  # fmt: skip
@@ -55,7 +55,7 @@ def expression(w: Attention) -> list[Any]:
     context = te.compute(
         (*rows_shape, dim),
         lambda b, h, i, e: te.sum(
-            powers[b, h, i, j_out] * element(value, b, h // group, j_out, e, value_at), axis=j_out
+            powers[b, h, i, j_out] * element("value", b, h // group, j_out, e, value_at), axis=j_out
         ),
         name="context",
     )  # fmt: skip

@@ -50,9 +50,11 @@ def _by_head(w: Attention, operands: Mapping[str, np.ndarray]) -> list[np.ndarra
         found = np.split(np.asarray(operands["qkv"], np.float64), [q_width, q_width + kv_width], axis=-1)
     else:
         found = [np.asarray(operands[name], np.float64) for name in names]
-    if w.layout == "bshd":
-        batch = 1 if w.ragged else w.batch
-        found = [x.reshape(batch, -1, x.shape[-1] // w.head_dim, w.head_dim).transpose(0, 2, 1, 3) for x in found]
+    batch = 1 if w.ragged else w.batch
+    found = [
+        x if w.heads_apart(name) else x.reshape(batch, -1, x.shape[-1] // w.head_dim, w.head_dim).transpose(0, 2, 1, 3)
+        for name, x in zip(names, found, strict=True)
+    ]
     group = w.heads // w.kv_heads
     return [found[0], *(x.repeat(group, axis=1) for x in found[1:])]
 
@@ -131,7 +133,7 @@ def _rows(w: Attention, operands: Mapping[str, np.ndarray], b: int, h: int, rows
 
     def part(name: str, head: int, length: slice) -> np.ndarray:
         x = operands[name]
-        x = x[b, head] if w.layout == "bhsd" else x[b, :, head * w.head_dim : (head + 1) * w.head_dim]
+        x = x[b, head] if w.heads_apart(name) else x[b, :, head * w.head_dim : (head + 1) * w.head_dim]
         return x[None, None, length]
 
     every = slice(None)
@@ -144,7 +146,7 @@ def _rows(w: Attention, operands: Mapping[str, np.ndarray], b: int, h: int, rows
     if w.alibi:
         values.append(operands["slopes"][h : h + 1])
     one = w.replace(
-        batch=1, heads=1, kv_heads=1, q_len=rows.stop - rows.start, layout="bhsd", bias_batch=min(w.bias_batch, 1),
-        bias_heads=min(w.bias_heads, 1), causal_offset=w.causal_offset + rows.start,
+        batch=1, heads=1, kv_heads=1, q_len=rows.stop - rows.start, layout="bhsd", kv_layout="",
+        bias_batch=min(w.bias_batch, 1), bias_heads=min(w.bias_heads, 1), causal_offset=w.causal_offset + rows.start,
     )  # fmt: skip
     return one, *values

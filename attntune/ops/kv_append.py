@@ -18,12 +18,12 @@ from attntune.ops.workload import FLOAT_DTYPES, TensorSpec, Workload, one_of, po
 
 @dataclass(frozen=True)
 class KVAppend(Workload):
-    """``key_cache[b, p] = rotate(key[b, i]), value_cache[b, p] = value[b, i]`` with ``p = lengths[b] - q_len + i``.
+    """``key_cache[b, :, p] = rotate(key[b, i])``, ``value_cache[b, :, p] = value[b, i]``, p = lengths[b] - q_len + i.
 
     Shapes: qkv (batch, q_len, (heads + 2·kv_heads)·head_dim), all query heads, then keys, then values; lengths (batch,)
-    int32, the keys in the cache after this call; key_cache and value_cache (batch, context, kv_heads·head_dim), updated
-    in place; with a ``style``, cos and sin (positions, head_dim/2) float32, constant → query (batch, q_len,
-    heads·head_dim), and the caches.
+    int32, the keys in the cache after this call; key_cache and value_cache (batch, kv_heads, context, head_dim),
+    updated in place; with a ``style``, cos and sin (positions, head_dim/2) float32, constant → query (batch, q_len,
+    heads·head_dim), and the caches. All keys of a head lie in one piece, for attention reads them head by head.
 
     With a ``style`` (see :class:`attntune.ops.rope.Rope`) queries and keys are rotated by the angles of p, which is
     clamped to the table. A row whose p is not in [0, context) is not written.
@@ -64,8 +64,9 @@ class KVAppend(Workload):
         heads, kv_heads, head_dim, style = attrs["heads"], attrs["kv_heads"], attrs["head_dim"], attrs.get("style", "")
         width = (heads + 2 * kv_heads) * head_dim
         require(qkv.shape[-1] == width, f"kv_append: expected a last axis of {width}, got {qkv.shape}")
+        require(len(cache.shape) == 4, f"kv_append: expected a cache (batch, kv_heads, context, head_dim), got {cache}")
         return cls(
-            batch=qkv.shape[0], q_len=qkv.shape[1], context=cache.shape[1], heads=heads, kv_heads=kv_heads,
+            batch=qkv.shape[0], q_len=qkv.shape[1], context=cache.shape[2], heads=heads, kv_heads=kv_heads,
             head_dim=head_dim, style=style, positions=args[4].shape[0] if style else 0, dtype=qkv.dtype,
         )  # fmt: skip
 
@@ -90,7 +91,7 @@ class KVAppend(Workload):
         return (query, *self._caches())
 
     def _caches(self) -> tuple[TensorSpec, TensorSpec]:
-        shape = (self.batch, self.context, self.kv_heads * self.head_dim)
+        shape = (self.batch, self.kv_heads, self.context, self.head_dim)
         return TensorSpec("key_cache", shape, self.dtype), TensorSpec("value_cache", shape, self.dtype)
 
     def compute(self) -> list[Any]:
@@ -113,14 +114,13 @@ class KVAppend(Workload):
             return value.astype(self.dtype)
 
         def cached(old: Any, first: int, rotates: bool) -> Any:
-            def element(b: Any, c: Any, j: Any) -> Any:
+            def element(b: Any, head: Any, c: Any, d: Any) -> Any:
                 from tvm import tirx
 
                 i = c - (lengths[b] - self.q_len)
                 inside = tirx.And(i >= 0, i < self.q_len)
-                return tirx.Select(
-                    inside, new(b, te.max(te.min(i, self.q_len - 1), 0), j + first, rotates), old[b, c, j]
-                )
+                row, column = te.max(te.min(i, self.q_len - 1), 0), first + head * self.head_dim + d
+                return tirx.Select(inside, new(b, row, column, rotates), old[b, head, c, d])
 
             return te.compute(old.shape, element, name=old.op.name + "_updated")
 
@@ -150,7 +150,7 @@ class KVAppend(Workload):
         for name, new in (("key_cache", key), ("value_cache", value)):
             cache = np.array(operand[name], np.float64)
             b, i = np.nonzero((at >= 0) & (at < self.context))
-            cache[b, at[b, i]] = new[b, i]
+            cache[b, :, at[b, i]] = new[b, i].reshape(-1, self.kv_heads, self.head_dim)
             caches.append(cache)
         return (np.ascontiguousarray(query), *caches)
 

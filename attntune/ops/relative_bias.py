@@ -22,8 +22,8 @@ class RelativeBias(Workload):
     Shapes: rows (batch, q_len) int64, table (heads, distances) constant → bias (1, heads, q_len, kv_len), the operand
     of :class:`attntune.ops.Attention` by that name, with kv_len = q_len and p = i.
 
-    With ``lengths``, as over a cache: rows, table, lengths (batch,) int32, keys (batch, kv_len, width) → bias (batch,
-    heads, q_len, kv_len) with p = lengths[b] - q_len + i: the queries are the last ones of their sequence.
+    With ``lengths``, as over a cache: rows, table, lengths (batch,) int32, keys (batch, heads, kv_len, head_dim) → bias
+    (batch, heads, q_len, kv_len) with p = lengths[b] - q_len + i: the queries are the last ones of their sequence.
 
     Of rows and keys only the shape counts; their values are not read.
     """
@@ -39,8 +39,8 @@ class RelativeBias(Workload):
     lengths: bool = False
     kv_len: int = 0
     """0 means ``q_len``; other numbers with ``lengths``."""
-    width: int = 0
-    """Features of a key; with ``lengths``."""
+    head_dim: int = 0
+    """Of keys; with ``lengths``."""
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -56,19 +56,19 @@ class RelativeBias(Workload):
             f"relative_bias: expected zero within {self.distances} distances, got {self.zero}",
         )
         require(
-            (self.lengths and self.width > 0) or (self.width == 0 and self.kv_len == self.q_len),
-            "relative_bias: expected keys' kv_len and width with lengths, and only then; got "
-            f"lengths {self.lengths}, kv_len {self.kv_len}, width {self.width}",
+            (self.lengths and self.head_dim > 0) or (self.head_dim == 0 and self.kv_len == self.q_len),
+            "relative_bias: expected keys' kv_len and head_dim with lengths, and only then; got "
+            f"lengths {self.lengths}, kv_len {self.kv_len}, head_dim {self.head_dim}",
         )
 
     @classmethod
     def from_call(cls, attrs: Mapping[str, Any], args: Sequence[TensorSpec]) -> RelativeBias:
         """From a model's call: rows, table; then lengths and keys if ``attrs`` say so."""
         rows, table, *rest = args
-        keys = rest[1].shape if attrs.get("lengths") else (0, 0, 0)
+        keys = rest[1].shape if attrs.get("lengths") else (0, 0, 0, 0)
         return cls(
             batch=rows.shape[0], q_len=rows.shape[1], heads=table.shape[0], distances=table.shape[1],
-            zero=int(attrs["zero"]), lengths=bool(attrs.get("lengths", False)), kv_len=keys[1], width=keys[2],
+            zero=int(attrs["zero"]), lengths=bool(attrs.get("lengths", False)), kv_len=keys[2], head_dim=keys[3],
             dtype=table.dtype,
         )  # fmt: skip
 
@@ -80,7 +80,7 @@ class RelativeBias(Workload):
         ]
         if self.lengths:
             specs.append(TensorSpec("lengths", (self.batch,), "int32"))
-            specs.append(TensorSpec("keys", (self.batch, self.kv_len, self.width), self.dtype))
+            specs.append(TensorSpec("keys", (self.batch, self.heads, self.kv_len, self.head_dim), self.dtype))
         return tuple(specs)
 
     def outputs(self) -> tuple[TensorSpec, ...]:

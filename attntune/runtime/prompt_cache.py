@@ -31,7 +31,7 @@ class PromptCache:
         entries = tuned.manifest["entries"]
         decode = entries.get("decode", {"inputs": (), "updates": {}})
         kept = [spec for spec in decode["inputs"] if spec["name"] in decode["updates"]]
-        by_position = kept and all(list(spec["dims"][:2]) == ["batch", "context"] for spec in kept)
+        by_position = kept and all("context" in spec["dims"] for spec in kept)
         if not tuned.manifest.get("generation") or "encode" in entries or "prefill" not in entries or not by_position:
             raise InputError(
                 f"expected a decoder with a key-value cache and the entries prefill and decode, to keep the cache of; "
@@ -39,8 +39,8 @@ class PromptCache:
             )
         self.tuned = tuned
         self.state: dict[str, np.ndarray] = tuned.state("decode", 1, context=context or capacity(tuned))
-        """Arrays (batch, context, features) by name, of a compiled shape; the sequence is row 0."""
-        self.context: int = next(iter(self.state.values())).shape[1]
+        """Arrays by name, each with axes of batch and context, of a compiled shape; the sequence is row 0."""
+        self.context: int = self.state[kept[0]["name"]].shape[kept[0]["dims"].index("context")]
         """Tokens that it holds at most."""
         self.tokens: list[int] = []
         """Whose keys and values it holds, from position 0."""

@@ -199,8 +199,8 @@ class Sequences:
             if not isinstance(array, np.ndarray):
                 self._tuned.permute(array, parents)
             elif "context" in spec["dims"]:
-                assert list(spec["dims"][:2]) == ["batch", "context"], spec
-                array[: self.rows, :written] = array[parents, :written]
+                rows = array[: self.rows].swapaxes(1, spec["dims"].index("context"))
+                rows[:, :written] = rows[parents, :written]
             else:
                 moved = aligned_zeros(array.shape, array.dtype)
                 moved[: self.rows] = array[parents]

@@ -83,6 +83,8 @@ CORNERS: dict[str, tuple[Workload, ...]] = {
         Attention(2, 6, 3, 131, 40, kv_heads=2, layout="bhsd", lengths="kv", causal=True, alibi=True, window=70),
         Attention(1, 6, 1, 90, 64, kv_heads=2, layout="bhsd", lengths="kv"),
         Attention(2, 2, 7, 33, 8, score_mod="oracles:halve_far_scores", causal=True),
+        Attention(3, 4, 19, 70, 24, kv_heads=2, kv_layout="bhsd", lengths="kv", causal=True),
+        Attention(2, 6, 2, 75, 64, kv_heads=2, kv_layout="bhsd", lengths="kv", causal=True),
         Attention(4, 2, 131, 131, 16, packed=True, ragged=True),
         Attention(2, 2, 15, 15, 8, ragged=True, causal=True, window=9, score_mod="oracles:halve_far_scores"),
         Attention(2, 8, 1, 50, 24, kv_heads=1),
@@ -179,8 +181,8 @@ CORNERS: dict[str, tuple[Workload, ...]] = {
         RelativeBias(1, 1, 1, 1, 0),
         RelativeBias(1, 70, 2, 33, 32),
         RelativeBias(1, 20, 2, 61, 0),
-        RelativeBias(3, 1, 4, 33, 32, lengths=True, kv_len=50, width=8),
-        RelativeBias(2, 5, 3, 21, 20, lengths=True, kv_len=40, width=6),
+        RelativeBias(3, 1, 4, 33, 32, lengths=True, kv_len=50, head_dim=8),
+        RelativeBias(2, 5, 3, 21, 20, lengths=True, kv_len=40, head_dim=6),
         RelativeBias(1, 40, 3, 17, 8, dtype="bfloat16"),
     ),
     "prepend_token": (
@@ -264,6 +266,7 @@ ATTENTIONS = (
     Attention(2, 2, 17, 45, 96, dtype="bfloat16", layout="bhsd", softcap=3.0, bias_batch=2, bias_heads=1),
     Attention(2, 2, 5, 90, 32, kv_heads=1, dtype="float16", lengths="kv", causal=True),
     Attention(2, 2, 40, 40, 32, packed=True, dtype="bfloat16", lengths="qkv"),
+    Attention(2, 4, 21, 50, 32, kv_heads=2, kv_layout="bhsd", lengths="kv", causal=True, dtype="float16"),
     Attention(2, 2, 7, 33, 16, dtype="float16", score_mod="oracles:halve_far_scores", causal=True),
     Attention(1, 2, 9, 4, 16, causal=True, causal_offset=-3, dtype="bfloat16"),
 )
@@ -288,6 +291,7 @@ HOPPER_ATTENTIONS = (
     Attention(2, 1, 140, 140, 128, packed=True, dtype="bfloat16", lengths="qkv"),
     Attention(1, 1, 37, 133, 64, dtype="float16", score_mod="oracles:halve_far_scores", causal=True, scale=-0.2),
     Attention(1, 2, 40, 4, 64, causal=True, causal_offset=-3, dtype="bfloat16"),
+    Attention(1, 4, 40, 180, 64, kv_heads=2, kv_layout="bhsd", lengths="kv", causal=True, dtype="bfloat16"),
 )
 
 #: Few rows of many in_features: what is split between blocks, in parts that are not equally long; every epilogue.
@@ -304,6 +308,7 @@ DECODING = (
     Attention(3, 6, 3, 131, 32, kv_heads=2, layout="bhsd", lengths="kv", causal=True, alibi=True, window=70,
               dtype="float16"),
     Attention(1, 12, 4, 200, 48, kv_heads=1, causal=True, causal_offset=190, dtype="bfloat16"),
+    Attention(2, 4, 1, 150, 64, kv_heads=2, kv_layout="bhsd", lengths="kv", causal=True, dtype="bfloat16"),
     Attention(2, 2, 1, 160, 32, mask=True, softcap=3.0, bias_batch=2, bias_heads=1, dtype="float16"),
 )  # fmt: skip
 

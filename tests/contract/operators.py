@@ -111,6 +111,7 @@ ROWS: dict[str, Row] = {
             mask=st.booleans(),
             causal=st.booleans(),
             layout=st.sampled_from(["bshd", "bhsd"]),
+            kv_layout=st.sampled_from(["", "bhsd"]),
             lengths=st.sampled_from(["", "kv"]),
         ),
         wrong=(
@@ -119,6 +120,8 @@ ROWS: dict[str, Row] = {
             {"packed": True, "q_len": 3},
             {"bias_batch": 1},
             {"layout": "bhsd"},
+            {"kv_layout": "bhsd"},
+            {"kv_layout": "bsd"},
             {"window": 4},
             {"window": -1, "causal": True},
             {"softcap": -1.0},
@@ -250,8 +253,8 @@ ROWS: dict[str, Row] = {
         oracle=oracles.relative_bias,
         call=(
             {"zero": 4, "lengths": True},
-            ((2, 3), (4, 9), (2,), (2, 20, 12)),
-            RelativeBias(2, 3, 4, 9, 4, lengths=True, kv_len=20, width=12),
+            ((2, 3), (4, 9), (2,), (2, 4, 20, 3)),
+            RelativeBias(2, 3, 4, 9, 4, lengths=True, kv_len=20, head_dim=3),
         ),
         drawn=st.builds(
             RelativeBias,
@@ -261,7 +264,7 @@ ROWS: dict[str, Row] = {
             distances=st.integers(9, 90),
             zero=st.integers(0, 8),
         ),
-        wrong=({"zero": -1}, {"distances": 3}, {"kv_len": 99}, {"width": 7}, {"dtype": "int8"}),
+        wrong=({"zero": -1}, {"distances": 3}, {"kv_len": 99}, {"head_dim": 7}, {"dtype": "int8"}),
     ),
     "prepend_token": Row(
         workloads=CORNERS["prepend_token"],
@@ -295,7 +298,7 @@ ROWS: dict[str, Row] = {
         oracle=oracles.kv_append,
         call=(
             {"heads": 4, "kv_heads": 2, "head_dim": 16, "style": "half"},
-            ((2, 3, 128), (2,), (2, 17, 32), (2, 17, 32), (32, 8), (32, 8)),
+            ((2, 3, 128), (2,), (2, 2, 17, 16), (2, 2, 17, 16), (32, 8), (32, 8)),
             KVAppend(2, 3, 17, 4, 2, 16, style="half", positions=32),
         ),
         drawn=st.builds(

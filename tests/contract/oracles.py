@@ -101,9 +101,10 @@ def attention(w: Attention, *operands):
             ]
             for x in (query, key, value)
         )
-    elif w.layout == "bshd":
+    else:
         query, key, value = (
-            x.reshape(w.batch, x.shape[1], -1, w.head_dim).transpose(1, 2) for x in (query, key, value)
+            x if x.dim() == 4 else x.reshape(w.batch, x.shape[1], -1, w.head_dim).transpose(1, 2)
+            for x in (query, key, value)
         )
     out = torch.zeros(w.outputs()[0].shape, dtype=torch.float64)
     weights = torch.zeros(w.batch, w.heads, w.q_len, w.kv_len, dtype=torch.float64)
@@ -278,8 +279,9 @@ def kv_append(w: KVAppend, qkv, lengths, key_cache, value_cache, *angles):
                 heads[: len(turned)] = [_turn(head, angles[0][angle], angles[1][angle], w.style) for head in turned]
             query.append(torch.cat(heads[: w.heads]))
             if 0 <= at < w.context:
-                keys[b, at] = torch.cat(heads[w.heads : w.heads + w.kv_heads])
-                values[b, at] = torch.cat(heads[w.heads + w.kv_heads :])
+                for head in range(w.kv_heads):
+                    keys[b, head, at] = heads[w.heads + head]
+                    values[b, head, at] = heads[w.heads + w.kv_heads + head]
     return torch.stack(query).reshape(w.batch, w.q_len, -1), keys, values
 
 

@@ -61,6 +61,7 @@ ATTENTION_CONFIGS = (
     attention_config(3, 32, 2, False, False, True, True),
     attention_config(1, 32, 3, True, False),
     attention_config(1, 32, 2, True, False, True),
+    attention_config(1, 64, 2, True, False, True, True),
 )
 #: As many blocks of queries as leave one of the few SMs more than others, in turns; every way of splitting registers.
 MORE = (

@@ -118,8 +118,9 @@ class Int8(Arithmetic):
 class Grouped(Arithmetic):
     """Multiply-adds on a weight of 4 or 8 bits, a 32-bit word of them for each column.
 
-    An element goes to the top of the fraction of a float that is 1 without it: a shift and one operation on bits make
-    ``1 + q / 2**bits``, exactly, where a conversion would be one instruction more.
+    An element goes to the top of the fraction of a float that is 1 without it: a shift and operations on bits, which
+    AVX-512 has combined in one, make ``1 + q / 2**bits``, exactly. Or it is masked where it lies and converted, what
+    x is multiplied by making up for its place in the word.
     """
 
     word = "int32"
@@ -156,6 +157,24 @@ class Grouped(Arithmetic):
         return tirx.reinterpret(
             f"float32x{lanes}", (moved & spread(((1 << self.bits) - 1) << place)) | spread(0x3F800000)
         )
+
+    def converted(self, words: Any, j: int, lanes: int) -> Any:
+        """``q / factor(j)`` of element ``j`` of each of ``lanes`` words: masked where it lies, then converted."""
+        from tvm import tirx
+
+        def spread(dtype: str, value: int) -> Any:
+            return tirx.Broadcast(tirx.const(value, dtype), lanes)
+
+        if j == self.group - 1:  # in place it would be the sign's
+            moved = tirx.reinterpret(f"uint32x{lanes}", words) >> spread("uint32", 32 - self.bits)
+            kept = tirx.reinterpret(f"int32x{lanes}", moved)
+        else:
+            kept = words & spread("int32", ((1 << self.bits) - 1) << (j * self.bits))
+        return tirx.Cast(f"float32x{lanes}", kept)
+
+    def factor(self, j: int) -> float:
+        """What :meth:`converted` leaves to multiply an element by: an exact power of two."""
+        return 1.0 if j == self.group - 1 else 2.0 ** (-self.bits * j)
 
     def pack(self, panels: np.ndarray) -> np.ndarray:
         """Panels (panels, lanes, in_features) uint8 → words (panels, in_features/group, lanes) int32."""

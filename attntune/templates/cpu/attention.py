@@ -129,7 +129,7 @@ class AttentionCPU(ScheduleTemplate):
             # Rows of a head that lie side by side fit the cache as they are; few queries have little use of a copy.
             # With 32 registers it was 5 % slower.
             queries = min(block_vectors, query_vectors) * lanes
-            copied = w.layout == "bshd" and queries >= _COPY_QUERIES and registers < 32
+            copied = not w.heads_apart("value") and queries >= _COPY_QUERIES and registers < 32
             if config.get("copy_values", copied) != copied:
                 order *= 1.02
             return imbalance * tiles * shape * blocked * order, config.key()

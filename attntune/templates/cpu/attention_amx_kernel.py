@@ -102,7 +102,7 @@ class AttentionAmxKernel(AttentionBf16Kernel):
             with T.serial(amx.ROWS) as a:
                 row = T.bind(self.start + T.min(at + a, self.keys - 1))
                 for part in range(self.pairs // lanes):
-                    index = self._pair_at(self.kv_head, row, part * lanes, self.key_column)
+                    index = self._key_pair(row, part * lanes)
                     v.store(self.edge_keys, [a, part * lanes], self.key.vload(index, dtype="int32x16"))
         tiles.zero()
         for n in range(self.pairs // amx.PAIRS):
@@ -110,7 +110,7 @@ class AttentionAmxKernel(AttentionBf16Kernel):
             if edge:
                 tiles.load(tiles.left(0), self.edge_keys[0, pair], 4 * self.pairs)
             else:
-                index = self._pair_at(self.kv_head, self.start + at, pair, self.key_column)
+                index = self._key_pair(self.start + at, pair)
                 tiles.load(tiles.left(0), self.key[tuple(index)], 4 * self._row_pairs())
             for k in range(vectors):
                 tiles.load(tiles.right(k), self.query_pairs[g + k, pair, 0], 4 * lanes)
@@ -320,4 +320,4 @@ class TurnedValuesKernel(AttentionAmxKernel):
             with T.serial(T.min(lanes, self.queries - at)) as i:
                 for dim in range(self.dim_vectors):
                     bits = self.rounded.vload([i, dim * lanes], dtype="uint16x16")
-                    v.store(self.result, self._at(self.h, self.first + at + i, dim * lanes), bits)
+                    v.store(self.result, self._at(self.first + at + i, dim * lanes), bits)

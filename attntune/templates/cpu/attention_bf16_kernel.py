@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from attntune.ops.attention import MASKED, Attention
@@ -46,18 +47,18 @@ class _RoundedResults(AttentionKernel):
                 at = dim * lanes
                 bits = bf16.round_to_bits(v.load(self.out, [i, at]) * v.broadcast(inverse))
                 if at + lanes <= w.head_dim:
-                    v.store(self.result, self._at(self.h, self.first + i, at), bits)
+                    v.store(self.result, self._at(self.first + i, at), bits)
                 else:
                     v.store(tail, [0], bits)
                     with T.serial(w.head_dim - at) as e:
-                        T.buffer_store(self.result, tail[e], self._at(self.h, self.first + i, at + e))
+                        T.buffer_store(self.result, tail[e], self._at(self.first + i, at + e))
 
     def _zero_row(self, i: Any) -> None:
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
         with T.serial(self.w.head_dim) as e:
-            T.buffer_store(self.result, tirx.const(0, "uint16"), self._at(self.h, self.first + i, e))
+            T.buffer_store(self.result, tirx.const(0, "uint16"), self._at(self.first + i, e))
         if self.w.weights:
             with T.serial(self.w.kv_len) as j:
                 place = [self.b, self.h, self.first + i, j]
@@ -91,9 +92,14 @@ class AttentionBf16Kernel(_RoundedResults):
         self.query, self.key = (bf16.view(self.operand[name], "int32") for name in names[:2])
         self.value = bf16.view(self.operand[names[2]], "uint16")
 
-    def _pair_at(self, head: Any, row: Any, pair: Any, column: int = 0) -> list[Any]:
-        """Index of a pair of elements of a query or key."""
-        *lead, at = self._at(head, row, 0, column)
+    def _query_pair(self, row: Any, pair: Any) -> list[Any]:
+        """Index of a pair of elements of a query."""
+        *lead, at = self._at(row, 0)
+        return [*lead, at // 2 + pair]
+
+    def _key_pair(self, row: Any, pair: Any) -> list[Any]:
+        """Index of a pair of elements of a key."""
+        *lead, at = self._key_at(row, 0)
         return [*lead, at // 2 + pair]
 
     def _block(self) -> None:
@@ -114,7 +120,7 @@ class AttentionBf16Kernel(_RoundedResults):
                 with T.serial(whole // lanes) as part:
 
                     def load(row: int) -> Any:
-                        return self.query.vload(self._pair_at(self.h, rows[row], part * lanes), dtype="int32x16")
+                        return self.query.vload(self._query_pair(rows[row], part * lanes), dtype="int32x16")
 
                     def store(column: int, vector: Any) -> None:
                         v.store(self.query_pairs, [g, part * lanes + column, 0], vector)
@@ -123,7 +129,7 @@ class AttentionBf16Kernel(_RoundedResults):
             if whole < self.pairs:
                 with T.serial(self.pairs - whole) as d:
                     for lane in range(lanes):
-                        pair = self.query[tuple(self._pair_at(self.h, rows[lane], whole + d))]
+                        pair = self.query[tuple(self._query_pair(rows[lane], whole + d))]
                         T.buffer_store(self.query_pairs, pair, [g, whole + d, lane])
 
     # -- one block of keys ---------------------------------------------------------------------------------------------
@@ -152,20 +158,20 @@ class AttentionBf16Kernel(_RoundedResults):
         w, v, lanes = self.w, self.v, self.lanes
         whole = w.head_dim // lanes
 
-        def at(j: Any, e: Any) -> list[Any]:
-            return self._at(self.kv_head, j, e, self.value_column)
-
         for dim in range(whole):
             low, high = (
-                self.value.vload(at(j, dim * lanes), dtype="uint16x16") for j in (row, row + 1 if paired else row)
+                self.value.vload(self._value_at(j, dim * lanes), dtype="uint16x16")
+                for j in (row, row + 1 if paired else row)
             )
             pair = bf16.pairs_of_bits(low, high) if paired else tirx.Cast("int32x16", low)
             v.store(self.value_pairs, [n, dim * lanes], pair)
         if whole * lanes < w.head_dim:
             with T.serial(w.head_dim - whole * lanes) as e:
-                pair = tirx.Cast("int32", self.value[tuple(at(row, whole * lanes + e))])
+                pair = tirx.Cast("int32", self.value[tuple(self._value_at(row, whole * lanes + e))])
                 if paired:
-                    pair = pair | (tirx.Cast("int32", self.value[tuple(at(row + 1, whole * lanes + e))]) << 16)
+                    pair = pair | (
+                        tirx.Cast("int32", self.value[tuple(self._value_at(row + 1, whole * lanes + e))]) << 16
+                    )
                 T.buffer_store(self.value_pairs, pair, [n, whole * lanes + e])
 
     def _score_tile(self, at: Any, height: int, g: Any, vectors: int, best: Any, edge: bool) -> None:
@@ -181,7 +187,7 @@ class AttentionBf16Kernel(_RoundedResults):
                 v.store(acc, [a, k, 0], v.splat(0.0))
         with T.serial(self.pairs) as d:
             for a in range(height):
-                key = v.broadcast(self.key[tuple(self._pair_at(self.kv_head, row[a], d, self.key_column))])
+                key = v.broadcast(self.key[tuple(self._key_pair(row[a], d))])
                 for k in range(vectors):
                     query = self.query_pairs.vload([g + k, d, 0], dtype="int32x16")
                     v.store(acc, [a, k, 0], bf16.dot(v.load(acc, [a, k, 0]), query, key))
@@ -309,22 +315,22 @@ class AttentionWidenedKernel(_RoundedResults):
         from tvm.tirx.script.builder import ir as T
 
         with T.serial(keys) as j:
-            self._widen(self.key, self.wide_keys, start + j, j, self.key_column)
-            self._widen(self.value, self.wide_values, start + j, j, self.value_column)
+            self._widen(self.key, self._key_at, self.wide_keys, start + j, j)
+            self._widen(self.value, self._value_at, self.wide_values, start + j, j)
         super()._key_block(start, keys, first)
 
-    def _widen(self, source: Any, wide: Any, row: Any, j: Any, column: int) -> None:
-        """Row ``row`` of the keys' or values' head to row ``j`` of its block; zeros past the head's end."""
+    def _widen(self, source: Any, place: Callable[[Any, Any], list[Any]], wide: Any, row: Any, j: Any) -> None:
+        """Row ``row`` of what lies at ``place`` to row ``j`` of its block; zeros past the head's end."""
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
         v, lanes = self.v, self.lanes
         whole, left = divmod(self.w.head_dim, lanes)
         for dim in range(whole):
-            v.store(wide, [j, dim * lanes], v.load(source, self._at(self.kv_head, row, dim * lanes, column)))
+            v.store(wide, [j, dim * lanes], v.load(source, place(row, dim * lanes)))
         for lane in range(lanes if left else 0):
             e = whole * lanes + lane
-            value = source[tuple(self._at(self.kv_head, row, e, column))] if lane < left else tirx.const(0.0, "float32")
+            value = source[tuple(place(row, e))] if lane < left else tirx.const(0.0, "float32")
             T.buffer_store(wide, value, [j, e])
 
     def _key(self, j: Any, d: Any) -> Any:

@@ -250,10 +250,21 @@ class AttentionBlocks:
         """Where the score of key ``j`` of the block is, for a vector of queries."""
         return [vector * self.p_stride + j * self.lanes + lane]
 
-    def _at(self, head: Any, row: Any, d: Any, column: int = 0) -> list[Any]:
-        """Index of an element of a query, key, value or result of this block's sequence."""
+    def _at(self, row: Any, d: Any) -> list[Any]:
+        """Index of an element of a query or a result of this block's sequence and head."""
+        return self._of_head("query", self.h, row, d)
+
+    def _key_at(self, row: Any, d: Any) -> list[Any]:
+        """Index of an element of a key."""
+        return self._of_head("key", self.kv_head, row, self.key_column + d)
+
+    def _value_at(self, row: Any, d: Any) -> list[Any]:
+        """Index of an element of a value."""
+        return self._of_head("value", self.kv_head, row, self.value_column + d)
+
+    def _of_head(self, name: str, head: Any, row: Any, d: Any) -> list[Any]:
         w = self.w
-        if w.layout == "bhsd":
+        if w.heads_apart(name):
             return [self.b, head, row, d]
-        at = head * w.head_dim + column + d
+        at = head * w.head_dim + d
         return [self.row + row, at] if w.ragged else [self.b, row, at]

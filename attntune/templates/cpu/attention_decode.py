@@ -40,7 +40,7 @@ memory, in PyTorch's layout, 2,048 keys:
       three                                             23    17     21     13
     the same, asked for a whole block ahead             22    15     18     13
 
-and in that of attntune's models, where a head's keys are 4 · head_dim · heads bytes apart, µs at 900 of 1,024 keys:
+and with heads side by side, where a head's keys are 4 · head_dim · heads bytes apart, µs at 900 of 1,024 keys:
 
     heads                                            12/12   9/3   32/8   32/4    6/6
     as above, blocks of 8 keys                         461   215    481    320    225
@@ -51,7 +51,14 @@ and in that of attntune's models, where a head's keys are 4 · head_dim · heads
     + scores of 8 keys of every head in turn           250   118    290    192    147
 
 Most of what is left between the two layouts (9/3: 18 and 12 GB/s) is how memory is met: values of a head in one piece
-or in pieces of 256 bytes. (Heads in turn for those too, after 16 keys: 12/12 7 % less time, 9/3 5 % more.)
+or in pieces of 256 bytes. (Heads in turn for those too, after 16 keys: 12/12 7 % less time, 9/3 5 % more.) So caches
+have their heads apart; µs from memory at 500 of 512 keys, in two minutes of the host for 12/12:
+
+    heads                                            12/12      9/3   32/8    6/6
+    side by side, as above                           103, 130    62    154     75
+    apart, one row with blocks of 8 keys             133, 125           -      77
+    + blocks of 64 keys                              123, 113    41    109     64
+    blocks of 256 keys                                    114    43    100     60
 """
 
 from __future__ import annotations
@@ -100,7 +107,7 @@ class AttentionDecodeCPU(ScheduleTemplate):
             Knob("out_rows", tuple(r for r in (1, 2, 3, 4) if r <= rows)),
             Knob("prefetch", (0, _AHEAD)),
             # Whether a core reads some keys of all heads, which lie side by side, rather than all keys of some heads.
-            Knob("heads_inside", (False, True) if w.kv_heads > 1 and w.layout == "bshd" else (False,)),
+            Knob("heads_inside", (False, True) if w.kv_heads > 1 and not w.heads_apart("key") else (False,)),
         ]
         return ConfigSpace(knobs, [])
 
@@ -113,8 +120,9 @@ class AttentionDecodeCPU(ScheduleTemplate):
         w = _attention(workload)
         rows = w.q_len * (w.heads // w.kv_heads)
         few = target.vector_registers < 32
-        inside = few and w.layout == "bshd"
-        wanted = 8 if inside or (few and rows > 1) else 1
+        inside = few and not w.heads_apart("key")
+        # What is masked at the end of a cache is a block's own cost too. (Without: 3 % faster with small ones.)
+        wanted = 8 if inside or (few and (rows > 1 or w.lengths)) else 1
         asks = rows > 1 and not inside if few else asks_ahead(target)
 
         def cost(config: Config) -> tuple[float, str]:

@@ -152,7 +152,7 @@ class DecodeKernel(DecodeScores):
         for name in ("key", "value"):
             line = 16 if self.w.dtype == "float32" else 32
             for d in range(0, self.w.head_dim, line):
-                self.v.prefetch(self.lines[name], self._at(self.b, self.head, row, d), 2)
+                self.v.prefetch(self.lines[name], self._at(name, self.b, self.head, row, d), 2)
 
     def _softmax(self, r: Any, tiles: Any) -> None:
         from tvm.tirx.script.builder import ir as T
@@ -240,11 +240,11 @@ class DecodeKernel(DecodeScores):
             if self.halved:
                 for part in range(self.dims // 2):
                     low, high = (v.load(acc, [0, (2 * part + half) * lanes]) * v.broadcast(inverse) for half in (0, 1))
-                    *lead, at = self._at(b, head, i, part * 2 * lanes)
+                    *lead, at = self._at("out", b, head, i, part * 2 * lanes)
                     v.store(self.pairs["out"], [*lead, at // 2], bf16.round_to_pairs(low, high))
                 return
             with T.serial(w.head_dim) as d:
                 element = acc[0, d] * inverse
                 if w.dtype != "float32":
                     element = tirx.Cast(w.dtype, element)
-                T.buffer_store(self.operand["out"], element, self._at(b, head, i, d))
+                T.buffer_store(self.operand["out"], element, self._at("out", b, head, i, d))

@@ -70,14 +70,14 @@ class DecodeScores:
         self.general = bool(w.softcap or w.bias_heads or w.alibi or w.score_mod)
         self.factor = w.scaling * (1.0 if self.general else LOG2_E)
 
-    def _at(self, b: Any, head: Any, row: Any, d: Any) -> list[Any]:
-        if self.w.layout == "bhsd":
+    def _at(self, name: str, b: Any, head: Any, row: Any, d: Any) -> list[Any]:
+        if self.w.heads_apart(name):
             return [b, head, row, d]
         return [b, row, head * self.w.head_dim + d]
 
     def _pair(self, name: str, head: Any, row: Any, part: int) -> Any:
         """One vector of bfloat16 pairs of a row of a head."""
-        *lead, at = self._at(self.b, head, row, 2 * part * self.lanes)
+        *lead, at = self._at(name, self.b, head, row, 2 * part * self.lanes)
         return self.pairs[name].vload([*lead, at // 2], dtype=f"int32x{self.lanes}")
 
     def _vectors(self, name: str, row: Any, low: int, count: int) -> list[Any]:
@@ -96,10 +96,10 @@ class DecodeScores:
                     pairs = bf16.from_pairs(T.bind(self._pair(name, self.head, row, dim // 2)), lanes)
                 vectors.append(pairs[len(vectors) % 2])
             elif (dim + 1) * lanes <= self.w.head_dim:
-                vectors.append(self.v.load(buffer, self._at(self.b, self.head, row, dim * lanes)))
+                vectors.append(self.v.load(buffer, self._at(name, self.b, self.head, row, dim * lanes)))
             else:
                 columns = [min(dim * lanes + lane, self.w.head_dim - 1) for lane in range(lanes)]
-                elements = [buffer[tuple(self._at(self.b, self.head, row, c))] for c in columns]
+                elements = [buffer[tuple(self._at(name, self.b, self.head, row, c))] for c in columns]
                 vectors.append(tirx.Shuffle(elements, list(range(lanes))))
         return vectors
 
@@ -119,7 +119,7 @@ class DecodeScores:
             for dim in range(self.dims):
                 v.store(self.q, [self.base + r, dim * lanes], v.splat(0.0))
             with T.serial(w.head_dim) as d:
-                element = self.operand["query"][tuple(self._at(self.b, head, i, d))]
+                element = self.operand["query"][tuple(self._at("query", self.b, head, i, d))]
                 T.buffer_store(self.q, element * tirx.const(self.factor, "float32"), [self.base + r, d])
 
     def _scores(self, start: Any, t: Any) -> None:

@@ -75,7 +75,7 @@ class AttentionKernel(AttentionScores):
                 with T.serial(whole // lanes) as part:
 
                     def load(row: int) -> Any:
-                        return v.load(self.query, self._at(self.h, rows[row], part * lanes))
+                        return v.load(self.query, self._at(rows[row], part * lanes))
 
                     def store(column: int, vector: Any) -> None:
                         v.store(self.qt, self._q(g, part * lanes + column), vector * v.splat(factor))
@@ -84,7 +84,7 @@ class AttentionKernel(AttentionScores):
             if whole < w.head_dim:
                 with T.serial(w.head_dim - whole) as d:
                     for lane in range(lanes):
-                        element = self.query[tuple(self._at(self.h, rows[lane], whole + d))]
+                        element = self.query[tuple(self._at(rows[lane], whole + d))]
                         T.buffer_store(self.qt, element * tirx.const(factor, "float32"), self._q(g, whole + d, lane))
 
     # -- one block of keys ---------------------------------------------------------------------------------------------
@@ -252,11 +252,8 @@ class AttentionKernel(AttentionScores):
 
         w, lanes = self.w, self.lanes
         if (dim + 1) * lanes <= w.head_dim:
-            return self.v.load(self.value, self._at(self.kv_head, j, dim * lanes, self.value_column))
-        parts = [
-            self.value[tuple(self._at(self.kv_head, j, min(dim * lanes + lane, w.head_dim - 1), self.value_column))]
-            for lane in range(lanes)
-        ]
+            return self.v.load(self.value, self._value_at(j, dim * lanes))
+        parts = [self.value[tuple(self._value_at(j, min(dim * lanes + lane, w.head_dim - 1)))] for lane in range(lanes)]
         return tirx.Shuffle(parts, list(range(lanes)))
 
     # -- results -------------------------------------------------------------------------------------------------------
@@ -274,11 +271,11 @@ class AttentionKernel(AttentionScores):
                 at = dim * lanes
                 if at + lanes <= w.head_dim:
                     scaled = v.load(self.out, [i, at]) * v.broadcast(inverse)
-                    v.store(target, self._at(self.h, self.first + i, at), scaled)
+                    v.store(target, self._at(self.first + i, at), scaled)
                 else:
                     with T.serial(w.head_dim - at) as e:
                         T.buffer_store(
-                            target, self.out[i, at + e] * inverse, self._at(self.h, self.first + i, at + e)
+                            target, self.out[i, at + e] * inverse, self._at(self.first + i, at + e)
                         )  # fmt: skip
 
     def _zero_row(self, i: Any) -> None:
@@ -288,7 +285,7 @@ class AttentionKernel(AttentionScores):
 
         zero = tirx.const(0.0, "float32")
         with T.serial(self.w.head_dim) as e:
-            T.buffer_store(self.operand["out"], zero, self._at(self.h, self.first + i, e))
+            T.buffer_store(self.operand["out"], zero, self._at(self.first + i, e))
         if self.w.weights:
             with T.serial(self.w.kv_len) as j:
                 T.buffer_store(self.operand["weights"], zero, [self.b, self.h, self.first + i, j])

@@ -153,4 +153,4 @@ class AttentionScores(AttentionBlocks):
 
     def _key(self, j: Any, d: Any) -> Any:
         """One element of key row ``j``."""
-        return self.key[tuple(self._at(self.kv_head, j, d, self.key_column))]
+        return self.key[tuple(self._key_at(j, d))]

@@ -29,16 +29,20 @@ class _Groups(LinearKernel):
         """Words as they lie, and x in float32."""
 
     def _scales(self, part: Any, g: Any) -> tuple[Any, Any]:
-        """What 2**bits steps of group ``g`` are worth in a panel, and its minimum; vectors of float32."""
+        """A step of group ``g`` in a panel, and its minimum; vectors of float32."""
         from tvm import tirx
 
         def wide(name: str) -> Any:
             return tirx.Cast(self.v.dtype, self.operand[name].vload([part, g, 0], dtype=f"float16x{self.lanes}"))
 
-        return wide("scale") * self.v.splat(float(1 << self.stored.bits)), wide("minimum")
+        return wide("scale"), wide("minimum")
+
+    def _unpacked(self, words: Any, j: int) -> Any:
+        """Element ``j`` of a vector of words: 1 + q / 2**bits."""
+        return self.stored.unpacked(words, j, self.lanes)
 
     def _group(self, first: Any, count: int, panels: Panels, element: Callable[[int, Any, Any], None]) -> None:
-        """``element(v, k, value)`` for ``count`` elements of every panel from ``first`` on, value 1 + q / 2**bits."""
+        """``element(v, k, value)`` for ``count`` elements of every panel from ``first`` on, as :meth:`_unpacked`."""
         stored, weight = self.stored, self.operand["weight"]
 
         def word(n: Any, elements: int) -> None:
@@ -48,7 +52,7 @@ class _Groups(LinearKernel):
                 if self.prefetch:  # as it is stored, from memory, however often what is unpacked is read then
                     self.v.prefetch(weight, [at[0], at[1] + self.prefetch, 0], 2)
                 for j in range(elements):
-                    element(v, first + n * stored.group + j, stored.unpacked(words, j, self.lanes))
+                    element(v, first + n * stored.group + j, self._unpacked(words, j))
 
         whole, left = divmod(count, stored.group)
         chained(whole, self.unroll, 1, lambda n, c: word(n, stored.group))
@@ -76,6 +80,9 @@ class GroupedLinearKernel(_Groups):
         super().__init__(w, target, config, arithmetic, packed)
         assert isinstance(arithmetic, Grouped), f"expected weights quantised by groups, got {w}"
         self.stored = arithmetic
+        #: Whether elements are masked and converted, rather than made by shifts and operations on bits: where no
+        #: instruction combines three operands, those are three.
+        self.converts = not target.has("avx512f") and self.lanes % arithmetic.group == 0
 
     def _prepare(self, x: Any) -> None:
         """The sum of the elements of x (rows, in_features) by group of the weight: buffer ``totals`` (rows, groups)."""
@@ -84,6 +91,8 @@ class GroupedLinearKernel(_Groups):
 
         w, lanes = self.w, self.lanes
         self.totals = T.sblock_alloc_buffer((w.rows, w.weight_groups), "float32")
+        if self.converts:
+            self.scaled = T.sblock_alloc_buffer((w.rows, w.in_features), "float32")
         whole, left = divmod(w.in_features, WEIGHT_GROUP)
         parts = max(1, WEIGHT_GROUP // lanes)
         with T.parallel(w.rows) if w.rows > _SHARED_ROWS else T.serial(w.rows) as i, T.sblock("totals"):
@@ -100,22 +109,45 @@ class GroupedLinearKernel(_Groups):
                 T.buffer_store(self.totals, tirx.const(0.0, "float32"), [i, whole])
                 with T.serial(left) as k:
                     T.buffer_store(self.totals, self.totals[i, whole] + x[i, whole * WEIGHT_GROUP + k], [i, whole])
+            if self.converts:
+                self._scale_elements(x, i)
+
+    def _scale_elements(self, x: Any, i: Any) -> None:
+        """Row ``i`` of x to buffer ``scaled`` (rows, in_features), each element scaled by its weight's place."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        w, lanes = self.w, self.lanes
+        factors = [tirx.const(self.stored.factor(k % self.stored.group), "float32") for k in range(lanes)]
+        pattern = tirx.Shuffle(factors, list(range(lanes)))
+        whole, left = divmod(w.in_features, lanes)
+        with T.serial(whole) as n:
+            self.v.store(self.scaled, [i, n * lanes], self.v.load(x, [i, n * lanes]) * pattern)
+        for k in range(left):
+            T.buffer_store(self.scaled, x[i, whole * lanes + k] * factors[k], [i, whole * lanes + k])
+
+    def _unpacked(self, words: Any, j: int) -> Any:
+        return self.stored.converted(words, j, self.lanes) if self.converts else super()._unpacked(words, j)
 
     def _sums(self, row: Any, rows: int, panels: Panels) -> Callable[[int, int], Any]:
         """The sums of a tile with a weight that is unpacked as it is multiplied.
 
-        A group's sum of (1 + q / 2**bits) · x begins with minus the sum of x, which leaves that of q / 2**bits · x.
+        A group's sum of (1 + q / 2**bits) · x begins with minus the sum of x, which leaves that of q / 2**bits · x;
+        that of what was converted is of q · x.
         """
         from tvm.tirx.script.builder import ir as T
 
-        wide, x = panels.count * self.parts, self.operand["x"]
+        wide = panels.count * self.parts
+        x = self.scaled if self.converts else self.operand["x"]
         acc = T.sblock_alloc_buffer((rows, wide, self.lanes), "float32", scope="local")
         total = T.sblock_alloc_buffer((rows, wide, self.lanes), "float32", scope="local")
         each = [(a, v) for a in range(rows) for v in range(wide)]
 
         def group(g: Any, count: int) -> None:
             for a, v in each:
-                self.v.store(acc, [a, v, 0], self.v.splat(0.0) - self.v.broadcast(self.totals[row + a, g]))
+                zero = self.v.splat(0.0)
+                start = zero if self.converts else zero - self.v.broadcast(self.totals[row + a, g])
+                self.v.store(acc, [a, v, 0], start)
 
             def element(v: int, k: Any, value: Any) -> None:
                 for a in range(rows):
@@ -124,7 +156,10 @@ class GroupedLinearKernel(_Groups):
 
             self._group(g * WEIGHT_GROUP, count, panels, element)
             for v in range(wide):
-                scale, minimum = map(T.bind, self._scales(self._part(panels, v), g))
+                scale, minimum = self._scales(self._part(panels, v), g)
+                if not self.converts:
+                    scale = scale * self.v.splat(float(1 << self.stored.bits))
+                scale, minimum = T.bind(scale), T.bind(minimum)
                 for a in range(rows):
                     added = self.v.load(acc, [a, v, 0]) * scale + minimum * self.v.broadcast(self.totals[row + a, g])
                     self.v.store(total, [a, v, 0], self.v.load(total, [a, v, 0]) + added)
@@ -145,10 +180,10 @@ class UnpackedLinearKernel(_Groups, FloatPanelsKernel):
 
         def group(g: Any, count: int) -> None:
             scales = [tuple(map(T.bind, self._scales(self._part(panels, v), g))) for v in range(wide)]
+            steps = [T.bind(scale * self.v.splat(float(1 << self.stored.bits))) for scale, _ in scales]
 
             def element(v: int, k: Any, value: Any) -> None:
-                scale, minimum = scales[v]
-                self.v.store(self.floats, [v, k, 0], (value - self.v.splat(1.0)) * scale + minimum)
+                self.v.store(self.floats, [v, k, 0], (value - self.v.splat(1.0)) * steps[v] + scales[v][1])
 
             self._group(g * WEIGHT_GROUP, count, panels, element)
 

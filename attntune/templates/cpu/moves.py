@@ -7,7 +7,7 @@ kernels are bound by memory or by their launch, so there is little to choose.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from attntune.ops.embedding import Embedding
@@ -22,6 +22,10 @@ from attntune.templates.cpu.rows import SERIAL_BYTES
 from attntune.templates.template import ScheduleTemplate
 
 Operands = Mapping[str, Any]
+Place = tuple[Any, list[Any]]
+"""A buffer and the index of an element of it."""
+HeadPlace = Callable[[Any], Place]
+"""Where a head's first element is."""
 
 
 class MoveTemplate(ScheduleTemplate):
@@ -173,7 +177,11 @@ class RopeCPU(MoveTemplate):
         w = workload
         b, s = row // w.seq, row % w.seq
         qkv, y = operands["qkv"], operands["y"]
-        rotate_heads(elements, w, operands, s, (qkv, [b, s, 0]), (y, [b, s, 0]), w.heads + w.kv_heads)
+
+        def head(buffer: Any) -> HeadPlace:
+            return lambda h: (buffer, [b, s, h * w.head_dim])
+
+        rotate_heads(elements, w, operands, s, head(qkv), head(y), w.heads + w.kv_heads)
         rotates = (w.heads + w.kv_heads) * w.head_dim
         copy(elements, (qkv, [b, s, rotates]), (y, [b, s, rotates]), w.kv_heads * w.head_dim)
 
@@ -199,22 +207,24 @@ class KVAppendCPU(MoveTemplate):
         qkv = operands["qkv"]
         p = T.bind(operands["lengths"][b] - w.q_len + i)
         angle = T.bind(T.max(T.min(p, w.positions - 1), 0)) if w.style else p
-        columns, kv_columns = w.heads * w.head_dim, w.kv_heads * w.head_dim
 
-        def heads(source: int, target: tuple[Any, list[Any]], count: int) -> None:
-            if w.style:
-                rotate_heads(elements, w, operands, angle, (qkv, [b, i, source]), target, count)
-            else:
-                copy(elements, (qkv, [b, i, source]), target, count * w.head_dim)
+        def source(first: int) -> HeadPlace:
+            return lambda head: (qkv, [b, i, (head + first) * w.head_dim])
 
-        heads(0, (operands["query"], [b, i, 0]), w.heads)
+        def cached(name: str) -> HeadPlace:
+            return lambda head: (operands[name], [b, head, p, 0])
+
+        def move(first: int, target: HeadPlace, count: int, rotates: bool) -> None:
+            if rotates and w.style:
+                rotate_heads(elements, w, operands, angle, source(first), target, count)
+                return
+            with T.serial(count) as head:
+                copy(elements, source(first)(head), target(head), w.head_dim)
+
+        move(0, lambda head: (operands["query"], [b, i, head * w.head_dim]), w.heads, True)
         with T.If(tirx.And(p >= 0, p < w.context)), T.Then():
-            heads(columns, (operands["key_cache"], [b, p, 0]), w.kv_heads)
-            copy(elements, (qkv, [b, i, columns + kv_columns]), (operands["value_cache"], [b, p, 0]), kv_columns)
-
-
-Place = tuple[Any, list[Any]]
-"""A buffer and the index of an element of it."""
+            move(w.heads, cached("key_cache"), w.kv_heads, True)
+            move(w.heads + w.kv_heads, cached("value_cache"), w.kv_heads, False)
 
 
 def copy(elements: Elements, source: Place, target: Place, count: int) -> None:
@@ -228,21 +238,23 @@ def copy(elements: Elements, source: Place, target: Place, count: int) -> None:
 
 
 def rotate_heads(
-    elements: Elements, w: Rope | KVAppend, operands: Operands, position: Any, source: Place, target: Place, count: int
-) -> None:
+    elements: Elements, w: Rope | KVAppend, operands: Operands, position: Any, source: HeadPlace, target: HeadPlace,
+    count: int,
+) -> None:  # fmt: skip
     """``count`` heads from ``source`` to ``target``, each pair of elements turned by the angles of ``position``."""
     from tvm import tirx
     from tvm.tirx.script.builder import ir as T
 
     half = w.head_dim // 2
     with T.serial(count) as head:
-        start = head * w.head_dim
+        read, read_at = source(head)
+        written, written_at = target(head)
 
         def load(at: Any, width: int) -> Any:
-            return elements.load(source[0], shifted(source[1], start + at), width)
+            return elements.load(read, shifted(read_at, at), width)
 
         def store(at: Any, value: Any, width: int) -> None:
-            elements.store(target[0], shifted(target[1], start + at), value, width)
+            elements.store(written, shifted(written_at, at), value, width)
 
         def rotate(pair: Any, width: int) -> None:
             if w.style == "half":

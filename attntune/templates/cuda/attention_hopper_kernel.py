@@ -60,7 +60,7 @@ class AttentionHopperKernel(AttentionKernel):
         heads, length = (w.heads, w.q_len) if own else (w.kv_heads, w.kv_len)
         rows = {"query": self.bq, "out": 64}.get(name, self.bk)
         packed = w.packed and name != "out"
-        if w.layout == "bhsd":
+        if w.heads_apart(name):
             dims, box = (w.head_dim, length, heads, w.batch), (ROW, rows, 1, 1)
         else:
             heads = w.heads + 2 * w.kv_heads if packed else heads
@@ -164,7 +164,7 @@ class AttentionHopperKernel(AttentionKernel):
         head = self.h if name == "query" else self.h // (w.heads // w.kv_heads)
         if w.packed:
             head = head + {"query": 0, "key": w.heads, "value": w.heads + w.kv_heads}[name]
-        middle = [row, head] if w.layout == "bhsd" else [head, row]
+        middle = [row, head] if w.heads_apart(name) else [head, row]
         for c in range(self.chunks):
             tma.copy_tile(to + c * rows * ROW_BYTES, self.maps[name], [c * ROW, *middle, self.b], barrier)
 
@@ -218,7 +218,7 @@ class AttentionHopperKernel(AttentionKernel):
         with when(tirx.all(self.warp % 4 == 0, self.lane == 0)):
             first = T.bind(self.first_query + self.consumer * 64)
             for c in range(self.chunks):
-                middle = [first, self.h] if w.layout == "bhsd" else [self.h, first]
+                middle = [first, self.h] if w.heads_apart("out") else [self.h, first]
                 address = self.own + c * self.bq * ROW_BYTES
                 tma.store_tile(self.maps["out"], [c * ROW, *middle, self.b], address)
             tma.stores_have_read()

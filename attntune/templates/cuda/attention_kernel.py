@@ -178,7 +178,7 @@ class AttentionKernel:
             first = {"query": 0, "key": w.heads, "value": w.heads + w.kv_heads}[name]
             width = (w.heads + 2 * w.kv_heads) * w.head_dim
             return self.operand["qkv"], (b * length + i) * width + (first + head) * w.head_dim + column
-        if w.layout == "bhsd":
+        if w.heads_apart(name):
             return self.operand[name], ((b * heads + head) * length + i) * w.head_dim + column
         return self.operand[name], (b * length + i) * (heads * w.head_dim) + head * w.head_dim + column
 

@@ -95,14 +95,17 @@ def _write(w: KVAppend, operand: dict[str, Any], piece: Any, vector: int) -> Non
         )
         return value.astype(w.dtype)
 
+    def cached(at: Any) -> list[Any]:
+        return [b, at // dim, p, at % dim]
+
     with T.If(column < keys_at):
         with T.Then(), T.unroll(vector) as e:
             T.buffer_store(operand["query"], turned(column + e), [b, i, column + e])
         with T.Else(), T.If(tirx.And(p >= 0, p < w.context)), T.Then(), T.If(column < values_at):
             with T.Then(), T.unroll(vector) as e:
-                T.buffer_store(operand["key_cache"], turned(column + e), [b, p, column + e - keys_at])
+                T.buffer_store(operand["key_cache"], turned(column + e), cached(column + e - keys_at))
             with T.Else(), T.unroll(vector) as e:
-                T.buffer_store(operand["value_cache"], qkv[b, i, column + e], [b, p, column + e - values_at])
+                T.buffer_store(operand["value_cache"], qkv[b, i, column + e], cached(column + e - values_at))
 
 
 def _width(w: KVAppend) -> int:
