@@ -43,6 +43,9 @@ class DecoderConfig:
     rope: str = ""
     """Style of rotary embedding, see :class:`attntune.ops.Rope`; ``""``: learned positions are added to the input."""
     rope_theta: float = 10000.0
+    rope_factors: tuple[float, ...] = ()
+    """What the frequency of each pair of elements is divided by, for texts longer than a model was first trained on;
+    empty: by nothing."""
     qkv_bias: bool = False
     output_bias: bool = False
     feed_forward_bias: bool = False
@@ -101,7 +104,9 @@ def build(
     """
     weights = dict(weights)
     if config.rope:
-        weights["rope.cos"], weights["rope.sin"] = angles(config.positions, config.head_dim, config.rope_theta)
+        weights["rope.cos"], weights["rope.sin"] = angles(
+            config.positions, config.head_dim, config.rope_theta, config.rope_factors
+        )
     context = min(DEFAULT_CONTEXT, config.positions)
     return Model(
         name=name,

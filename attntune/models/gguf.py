@@ -1,4 +1,4 @@
-"""GGUF files (llama.cpp): Llama decoders, dequantised, with their tokenizer and chat template."""
+"""GGUF files (llama.cpp): Llama and Qwen2 decoders, dequantised, with their tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from attntune.models.config import require_fields, require_fixed, require_sizes,
 from attntune.models.gguf_tokenizer import tokenizer_files
 from attntune.models.model import Model
 
+#: ``general.architecture`` → style of rotary embedding, and whether queries, keys and values have biases.
+_ARCHITECTURES = {"llama": ("interleaved", False), "qwen2": ("half", True)}
 #: Name of a part of a layer at Hugging Face → in a GGUF file.
 _PARTS = {
     "self_attn.q_proj": "attn_q",
@@ -43,9 +45,9 @@ _JOINED = {
 #: Bits of a type of which quantisation by groups finds the values again (Q4_K's but for the rounding of its scales); of
 #: every other type that is quantised it takes 8.
 _BITS = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4}
-#: Fields (after ``llama.``) whose only supported value is this, where they are there.
+#: Fields (after the architecture) whose only supported value is this, where they are there.
 _FIXED = {
-    "rope.scaling.type": "none", "rope.scale_linear": 1.0, "expert_count": 0, "attention.sliding_window": 0,
+    "rope.scale_linear": 1.0, "expert_count": 0, "attention.sliding_window": 0,
     "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0, "attention.causal": True, "logit_scale": 1.0,
     "use_parallel_residual": False,
 }  # fmt: skip
@@ -58,7 +60,7 @@ _unpacked: list[tempfile.TemporaryDirectory[str]] = []
 def load(path: Path) -> Model:
     """The model of a GGUF file, in float32.
 
-    Llama's queries and keys stay as the file has them, in the order of interleaved rotary embedding. The tokenizer and
+    Queries and keys stay as the file has them, Llama's in the order of interleaved rotary embedding. The tokenizer and
     the chat template are written to a temporary directory, the model's ``directory``, in Hugging Face's formats.
 
     Raises:
@@ -66,13 +68,14 @@ def load(path: Path) -> Model:
     """
     fields, tensors, kinds = read(path)
     config = config_from_metadata(fields, path.name)
-    if "rope_freqs.weight" in tensors:
-        raise ModelError(f"{path.name}: tensor rope_freqs.weight (scaled rotary embedding) is not supported")
+    if (factors := tensors.pop("rope_freqs.weight", None)) is not None:
+        config = _with_factors(config, factors, path.name)
     weights = llama.rename(
         config, tensors, tied="output.weight" not in tensors, source=f"the metadata of {path.name}", spelled=_spelled
     )
     stop = [fields[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in fields]
-    model = decoder.build(config, weights, path.stem, family="llama", stop=tuple(dict.fromkeys(map(int, stop))))
+    family = str(fields["general.architecture"])
+    model = decoder.build(config, weights, path.stem, family=family, stop=tuple(dict.fromkeys(map(int, stop))))
     folder = tempfile.TemporaryDirectory(prefix="attntune-gguf-")
     _unpacked.append(folder)
     for name, content in tokenizer_files(fields, path.name).items():
@@ -134,28 +137,34 @@ def config_from_metadata(fields: Mapping[str, Any], source: str) -> decoder.Deco
         ModelError: naming the field that is missing or asks for something unsupported.
     """
     architecture = fields.get("general.architecture")
-    if architecture != "llama":
-        raise unsupported("general.architecture", architecture, "llama", source)
-    given = {name.removeprefix("llama."): value for name, value in fields.items() if name.startswith("llama.")}
+    if architecture not in _ARCHITECTURES:
+        raise unsupported("general.architecture", architecture, sorted(_ARCHITECTURES), source)
+    at = f"{architecture}."
+    given = {name.removeprefix(at): value for name, value in fields.items() if name.startswith(at)}
     require_fields(
-        given, "llama", "block_count", "context_length", "embedding_length", "feed_forward_length",
+        given, str(architecture), "block_count", "context_length", "embedding_length", "feed_forward_length",
         "attention.head_count", "attention.layer_norm_rms_epsilon", source=source,
     )  # fmt: skip
     require_fields(fields, "GGUF", "tokenizer.ggml.tokens", source=source)
-    require_fixed(fields, {f"llama.{name}": value for name, value in _FIXED.items()}, source)
+    require_fixed(fields, {at + name: value for name, value in _FIXED.items()}, source)
     require_sizes(
-        fields, *(f"llama.{n}" for n in ("block_count", "context_length", "embedding_length", "feed_forward_length",
+        fields, *(at + n for n in ("block_count", "context_length", "embedding_length", "feed_forward_length",
         "attention.head_count")), source=source,
     )  # fmt: skip
     hidden, heads = given["embedding_length"], given["attention.head_count"]
     head_dim = given.get("attention.key_length", hidden // heads)
     if given.get("attention.value_length", head_dim) != head_dim:
-        raise unsupported("llama.attention.value_length", given["attention.value_length"], head_dim, source)
+        raise unsupported(at + "attention.value_length", given["attention.value_length"], head_dim, source)
     if given.get("rope.dimension_count", head_dim) != head_dim:
-        raise unsupported("llama.rope.dimension_count", given["rope.dimension_count"], head_dim, source)
+        raise unsupported(at + "rope.dimension_count", given["rope.dimension_count"], head_dim, source)
     kv_heads = given.get("attention.head_count_kv", heads)
     if not isinstance(kv_heads, int) or heads % kv_heads:
-        raise unsupported("llama.attention.head_count_kv", kv_heads, f"a divisor of head_count {heads}", source)
+        raise unsupported(at + "attention.head_count_kv", kv_heads, f"a divisor of head_count {heads}", source)
+    scaling = given.get("rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        raise unsupported(at + "rope.scaling.type", scaling, ["none", "linear"], source)
+    factor = float(given.get("rope.scaling.factor", 1.0)) if scaling == "linear" else 1.0
+    rope, bias = _ARCHITECTURES[architecture]
     preset = llama.PRESETS["smollm2-135m"]
     return dataclasses.replace(
         preset,
@@ -168,9 +177,19 @@ def config_from_metadata(fields: Mapping[str, Any], source: str) -> decoder.Deco
         inner=given["feed_forward_length"],
         positions=given["context_length"],
         eps=float(given["attention.layer_norm_rms_epsilon"]),
-        rope="interleaved",
+        rope=rope,
         rope_theta=float(given.get("rope.freq_base", 10000.0)),
+        rope_factors=() if factor == 1.0 else (factor,) * (head_dim // 2),
+        qkv_bias=bias,
     )
+
+
+def _with_factors(config: decoder.DecoderConfig, factors: np.ndarray, source: str) -> decoder.DecoderConfig:
+    """``config`` whose frequencies ``factors`` (head_dim/2,) divide, as Llama 3's files have them."""
+    if factors.shape != (config.head_dim // 2,):
+        raise ModelError(f"{source}: expected rope_freqs.weight of {config.head_dim // 2} values, got {factors.shape}")
+    others = np.asarray(config.rope_factors or 1.0)
+    return dataclasses.replace(config, rope_factors=tuple((factors.astype(np.float64) * others).tolist()))
 
 
 def _spelled(name: str) -> str:

@@ -14,6 +14,7 @@ from attntune.models import bert, decoder, g2p, gguf, gpt2, keras, llama, vit
 from attntune.models.config import integers, unsupported
 from attntune.models.model import Model
 from attntune.models.presets import PREFIX, preset
+from attntune.models.sentencepiece_bpe import llama_tokenizer
 
 
 def _load_bert(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory: Path) -> Model:
@@ -25,7 +26,10 @@ def _load_llama(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], di
     config = llama.config_from_json(fields)
     weights = llama.rename(config, tensors, tied=llama.is_tied(fields, tensors))
     name = _name(fields, directory)
-    return decoder.build(config, weights, name, family=fields["model_type"], stop=_stop(fields, directory))
+    model = decoder.build(config, weights, name, family=fields["model_type"], stop=_stop(fields, directory))
+    if not (directory / "tokenizer.json").is_file() and (directory / "tokenizer.model").is_file():
+        model.tokenizer = json.dumps(llama_tokenizer(directory), ensure_ascii=False)
+    return model
 
 
 def _load_gpt2(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory: Path) -> Model:
@@ -217,6 +221,7 @@ def _download(hub_id: str) -> Path:
         "*.safetensors",
         "*.safetensors.index.json",
         "tokenizer*.json",
+        "tokenizer.model",
         "generation_config.json",
         "preprocessor_config.json",
         "*.spm",

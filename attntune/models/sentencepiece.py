@@ -17,8 +17,11 @@ from typing import Any
 from attntune.errors import ModelError
 from attntune.models.config import read_object, unsupported
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-_UNIGRAM = 1
+#: Types of a piece.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+#: Kinds of a model.
+UNIGRAM, BPE = 1, 2
+_KINDS = {UNIGRAM: "unigram", BPE: "BPE"}
 #: A target language of models that write several, as a text begins with it.
 _LANGUAGE = re.compile(r">>[^<>]+<<")
 #: Below a source's pieces: those that only the target has are for what nothing else spells.
@@ -27,10 +30,10 @@ _RARE = 1000.0
 
 @dataclass(frozen=True)
 class SentencePiece:
-    """A unigram model as its file has it."""
+    """A model as its file has it."""
 
     pieces: tuple[tuple[str, float, int], ...]
-    """Text, log probability and type; a piece's id is its place."""
+    """Text, log probability (BPE: score) and type; a piece's id is its place."""
     charsmap: bytes
     """What the text is normalised by; empty: it is taken as it is."""
     prefix: bool
@@ -39,11 +42,11 @@ class SentencePiece:
     """Whether spaces at the ends go, and several become one."""
 
 
-def read_sentencepiece(path: Path) -> SentencePiece:
+def read_sentencepiece(path: Path, kind: int = UNIGRAM) -> SentencePiece:
     """The model in a ``.spm`` or ``.model`` file.
 
     Raises:
-        ModelError: it is damaged, or not a unigram model.
+        ModelError: it is damaged, or not of this kind.
     """
     pieces: list[tuple[str, float, int]] = []
     trainer: dict[int, Any] = {}
@@ -52,16 +55,16 @@ def read_sentencepiece(path: Path) -> SentencePiece:
         for field, value in _fields(path.read_bytes()):
             if field == 1:
                 piece = dict(_fields(value))
-                pieces.append((piece[1].decode(), _float(piece.get(2, bytes(4))), piece.get(3, _NORMAL)))
+                pieces.append((piece[1].decode(), _float(piece.get(2, bytes(4))), piece.get(3, NORMAL)))
             elif field in (2, 3):
                 (trainer if field == 2 else normalizer).update(_fields(value))
     except (IndexError, KeyError, ValueError, AttributeError, TypeError, struct.error) as error:
         raise ModelError(f"{path} is not a SentencePiece model: {error}") from None
     if not pieces:
         raise ModelError(f"{path} is not a SentencePiece model: it has no pieces")
-    if (kind := trainer.get(3, _UNIGRAM)) != _UNIGRAM:
-        raise unsupported("model_type", kind, f"{_UNIGRAM} (unigram)", path.name)
-    if trainer.get(35):
+    if (found := trainer.get(3, UNIGRAM)) != kind:
+        raise unsupported("model_type", found, f"{kind} ({_KINDS[kind]})", path.name)
+    if kind == UNIGRAM and trainer.get(35):
         raise unsupported("byte_fallback", True, False, path.name)
     return SentencePiece(
         tuple(pieces), normalizer.get(2, b""), bool(normalizer.get(3, True)), bool(normalizer.get(4, True))
@@ -116,7 +119,7 @@ def t5_tokenizer(directory: Path, vocab_size: int) -> dict[str, Any]:
     model = read_sentencepiece(path)
     count = int(read_object(directory / "tokenizer_config.json").get("extra_ids", 100))
     pieces = list(model.pieces)
-    pieces += [(f"<extra_id_{index}>", 0.0, _CONTROL) for index in reversed(range(count))]
+    pieces += [(f"<extra_id_{index}>", 0.0, CONTROL) for index in reversed(range(count))]
     return _tokenizer(model, pieces[:vocab_size], path)
 
 
@@ -134,12 +137,12 @@ def marian_tokenizer(directory: Path) -> dict[str, Any]:
     if sorted(vocabulary.values()) != list(range(len(vocabulary))) or not vocabulary:
         raise ModelError(f"{path}: expected pieces with ids from 0 on without gaps, got {len(vocabulary)} pieces")
     model = read_sentencepiece(directory / "source.spm")
-    scores = {piece: score for piece, score, kind in model.pieces if kind == _NORMAL}
+    scores = {piece: score for piece, score, kind in model.pieces if kind == NORMAL}
     rare = min(scores.values(), default=0.0) - _RARE
-    special = {"<unk>": _UNKNOWN, "<s>": _CONTROL, "</s>": _CONTROL, "<pad>": _CONTROL}
+    special = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL, "<pad>": CONTROL}
 
     def kind(piece: str) -> int:
-        return _CONTROL if _LANGUAGE.fullmatch(piece) else special.get(piece, _NORMAL)
+        return CONTROL if _LANGUAGE.fullmatch(piece) else special.get(piece, NORMAL)
 
     ordered = sorted(vocabulary, key=lambda piece: vocabulary[piece])
     return _tokenizer(model, [(piece, scores.get(piece, rare), kind(piece)) for piece in ordered], path)
@@ -148,7 +151,7 @@ def marian_tokenizer(directory: Path) -> dict[str, Any]:
 def _tokenizer(model: SentencePiece, pieces: Sequence[tuple[str, float, int]], path: Path) -> dict[str, Any]:
     """``tokenizer.json`` that encodes as SentencePiece does and puts </s> after a text."""
     names = [piece for piece, _, _ in pieces]
-    unknown = next((index for index, (_, _, kind) in enumerate(pieces) if kind == _UNKNOWN), None)
+    unknown = next((index for index, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN), None)
     if unknown is None or "</s>" not in names:
         raise ModelError(f"{path}: expected a piece for what is unknown, and </s>")
     end = names.index("</s>")
@@ -172,9 +175,9 @@ def _tokenizer(model: SentencePiece, pieces: Sequence[tuple[str, float, int]], p
         "added_tokens": [
             {
                 "id": index, "content": piece, "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": False, "special": kind != _USER_DEFINED,
+                "normalized": False, "special": kind != USER_DEFINED,
             }
-            for index, (piece, _, kind) in enumerate(pieces) if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+            for index, (piece, _, kind) in enumerate(pieces) if kind in (UNKNOWN, CONTROL, USER_DEFINED)
         ],
         "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
         "pre_tokenizer": spaces,

@@ -117,10 +117,18 @@ def angle_specs(positions: int, head_dim: int) -> tuple[TensorSpec, TensorSpec]:
     return TensorSpec("cos", shape, "float32", constant=True), TensorSpec("sin", shape, "float32", constant=True)
 
 
-def angles(positions: int, head_dim: int, theta: float = 10000.0) -> tuple[np.ndarray, np.ndarray]:
-    """Cos and sin (positions, head_dim/2) float32 of position · theta^(-2d/head_dim)."""
-    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    angle = np.arange(positions, dtype=np.float64)[:, None] * frequencies
+def frequencies(head_dim: int, theta: float = 10000.0) -> np.ndarray:
+    """By what the angle of pair d grows from position to position, theta^(-2d/head_dim); (head_dim/2,) float64."""
+    found: np.ndarray = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    return found
+
+
+def angles(
+    positions: int, head_dim: int, theta: float = 10000.0, factors: Sequence[float] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cos and sin (positions, head_dim/2) float32 of position · frequency, which ``factors`` (head_dim/2,) divide."""
+    growth = frequencies(head_dim, theta) / (np.asarray(factors, np.float64) if len(factors) else 1.0)
+    angle = np.arange(positions, dtype=np.float64)[:, None] * growth
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 

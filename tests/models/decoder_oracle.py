@@ -5,18 +5,37 @@ Rotation is multiplication of complex numbers, heads are einsum axes, the cache 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional as F
 
 
-def rotate(x, theta, interleaved):
-    """x (batch, seq, heads, head_dim) turned by its position's angles."""
+def rotate(x, theta, interleaved, scaled=lambda frequency: frequency):
+    """x (batch, seq, heads, head_dim) turned by its position's angles, which grow by ``scaled`` frequencies."""
     half = x.shape[-1] // 2
     pairs = x.unflatten(-1, (half, 2)) if interleaved else x.unflatten(-1, (2, half)).transpose(-1, -2)
-    angle = torch.arange(x.shape[1])[:, None].double() / theta ** (torch.arange(half).double() / half)
+    growth = torch.tensor([scaled(theta ** (-pair / half)) for pair in range(half)], dtype=torch.float64)
+    angle = torch.arange(x.shape[1])[:, None].double() * growth
     turned = torch.view_as_complex(pairs.double().contiguous()) * torch.polar(torch.ones_like(angle), angle)[:, None, :]
     pairs = torch.view_as_real(turned).to(x.dtype)
     return pairs.flatten(-2) if interleaved else pairs.transpose(-1, -2).flatten(-2)
+
+
+def llama3_scaling(factor, low_freq_factor, high_freq_factor, original_max_position_embeddings, **_):
+    """How a frequency is scaled, by cases of its wavelength (Llama 3.1's own code)."""
+
+    def scaled(frequency):
+        wavelength = 2 * math.pi / frequency
+        if wavelength < original_max_position_embeddings / high_freq_factor:
+            return frequency
+        if wavelength > original_max_position_embeddings / low_freq_factor:
+            return frequency / factor
+        smooth = original_max_position_embeddings / wavelength - low_freq_factor
+        smooth /= high_freq_factor - low_freq_factor
+        return (1 - smooth) * frequency / factor + smooth * frequency
+
+    return scaled
 
 
 def attend(q, k, v):
@@ -29,7 +48,7 @@ def attend(q, k, v):
 
 
 @torch.inference_mode()
-def llama_logits(t, ids, *, layers, heads, kv_heads, eps, theta, interleaved=False):
+def llama_logits(t, ids, *, layers, heads, kv_heads, eps, theta, interleaved=False, scaled=lambda frequency: frequency):
     """Logits (batch, seq, vocab) from tensors by Hugging Face's names; optional biases where they are there."""
 
     def linear(x, name):
@@ -46,7 +65,7 @@ def llama_logits(t, ids, *, layers, heads, kv_heads, eps, theta, interleaved=Fal
             linear(y, f"{at}self_attn.{name}_proj").unflatten(-1, (count, -1))
             for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
         )
-        mixed, _ = attend(rotate(q, theta, interleaved), rotate(k, theta, interleaved), v)
+        mixed, _ = attend(*(rotate(part, theta, interleaved, scaled) for part in (q, k)), v)
         x = x + linear(mixed, at + "self_attn.o_proj")
         y = norm(x, at + "post_attention_layernorm")
         x = x + linear(F.silu(linear(y, at + "mlp.gate_proj")) * linear(y, at + "mlp.up_proj"), at + "mlp.down_proj")

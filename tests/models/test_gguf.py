@@ -11,7 +11,7 @@ import pytest
 import torch
 from cached import Cached, assert_cache_equals_recomputation
 from checkpoints import LLAMA, llama_tensors
-from decoder_oracle import llama_logits
+from decoder_oracle import llama3_scaling, llama_logits
 
 from attntune import cli
 from attntune.cli import open_model
@@ -42,9 +42,13 @@ def interleaved(weight, heads):
 
 
 def write_gguf(path, tensors=None, **fields):
-    """LLAMA's tensors and a byte-level tokenizer whose merges make the tokens "he" and " he"."""
+    """LLAMA's tensors and a byte-level tokenizer whose merges make the tokens "he" and " he".
+
+    Or, with ``spm``, SentencePiece's, of pieces with scores and types.
+    """
     tensors = llama_tensors(LLAMA) if tensors is None else tensors
-    writer = gguf.GGUFWriter(str(path), fields.pop("architecture", "llama"))
+    architecture = fields.pop("architecture", "llama")
+    writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_context_length(64)
     writer.add_embedding_length(48)
     writer.add_block_count(2)
@@ -53,26 +57,38 @@ def write_gguf(path, tensors=None, **fields):
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(500.0)
-    letters = [chr(code) for code in range(ord("!"), ord("!") + 92)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(fields.pop("pre", "smollm"))
-    writer.add_token_list([*letters, "Ġ", "he", "Ġhe", "<|im_start|>", "<|im_end|>"])
-    writer.add_token_types([1] * 95 + [3, 3])
-    writer.add_token_merges(["h e", "Ġ he"])
-    writer.add_bos_token_id(95)
-    writer.add_eos_token_id(96)
+    if spm := fields.pop("spm", None):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([piece for piece, *_ in spm])
+        writer.add_token_scores([score for _, score, _ in spm])
+        writer.add_token_types([kind for *_, kind in spm])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+    else:
+        letters = [chr(code) for code in range(ord("!"), ord("!") + 92)]
+        writer.add_tokenizer_model(fields.pop("tokenizer", "gpt2"))
+        writer.add_tokenizer_pre(fields.pop("pre", "smollm"))
+        writer.add_token_list([*letters, "Ġ", "he", "Ġhe", "<|im_start|>", "<|im_end|>"])
+        writer.add_token_types([1] * 95 + [3, 3])
+        writer.add_token_merges(["h e", "Ġ he"])
+        writer.add_bos_token_id(95)
+        writer.add_eos_token_id(96)
     writer.add_chat_template("{{ messages }}")
     if "rope_scaling" in fields:
         writer.add_rope_scaling_type(gguf.RopeScalingType(fields.pop("rope_scaling")))
+        writer.add_rope_scaling_factor(2.5)
+    if (factors := fields.pop("rope_factors", None)) is not None:
+        writer.add_tensor("rope_freqs.weight", factors)
     for name, value in tensors.items():
         at = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-        stem = name.removesuffix(".weight")
+        stem, _, kind = name.rpartition(".")
         if stem.startswith("model.layers."):
             _, _, index, part = stem.split(".", 3)
             stem = f"blk.{index}.{PARTS[part]}"
             for projection, heads in (("attn_q", 6), ("attn_k", 2)):
-                value = interleaved(value, heads) if stem.endswith(projection) else value
-        writer.add_tensor(at.get(stem, stem) + ".weight", np.ascontiguousarray(value))
+                turned = stem.endswith(projection) and architecture == "llama"
+                value = interleaved(value, heads) if turned else value
+        writer.add_tensor(f"{at.get(stem, stem)}.{kind}", np.ascontiguousarray(value))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -80,13 +96,47 @@ def write_gguf(path, tensors=None, **fields):
     return path
 
 
-def test_it_computes_what_the_checkpoint_it_was_made_from_computes(tmp_path):
-    model = from_pretrained(write_gguf(tmp_path / "tiny.gguf"))
-    assert model.config["rope"] == "interleaved"
+#: Of four frequencies one stays, one is between, two are long.
+LLAMA3 = llama3_scaling(8.0, 1.0, 4.0, 64)
+FREQUENCIES = [500.0 ** (-pair / 4) for pair in range(4)]
+VARIANTS: dict = {
+    "llama": ({}, {}),
+    "llama 3": (
+        {"rope_factors": np.array([each / LLAMA3(each) for each in FREQUENCIES], np.float32)}, {"scaled": LLAMA3}
+    ),
+    "linearly scaled": ({"rope_scaling": "linear"}, {"scaled": lambda frequency: frequency / 2.5}),
+    "qwen2": ({"architecture": "qwen2"}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_computes_what_the_checkpoint_it_was_made_from_computes(tmp_path, variant):
+    fields, scaled = VARIANTS[variant]
+    tensors = llama_tensors({**LLAMA, "model_type": fields.get("architecture", "llama")})
+    model = from_pretrained(write_gguf(tmp_path / "tiny.gguf", tensors, **fields))
+    assert model.config["rope"] == ("half" if variant == "qwen2" else "interleaved")
+    assert model.family == fields.get("architecture", "llama")
     tuned = TunedModel(compile(model, shapes=[{"batch": 2, "seq": 8, "context": 16}]))
-    tensors = {name: torch.from_numpy(value) for name, value in llama_tensors(LLAMA).items()}
-    expected = llama_logits(tensors, torch.from_numpy(IDS), layers=2, heads=6, kv_heads=2, eps=1e-5, theta=500.0)
+    torch_tensors = {name: torch.from_numpy(value) for name, value in tensors.items()}
+    expected = llama_logits(
+        torch_tensors, torch.from_numpy(IDS), layers=2, heads=6, kv_heads=2, eps=1e-5, theta=500.0, **scaled
+    )
     assert_cache_equals_recomputation(tuned, IDS, expected.numpy(), 8)
+
+
+def test_sentencepiece_comes_along(tmp_path):
+    from tokenizers import Tokenizer
+
+    letters = [(letter, -100.0 - index, 1) for index, letter in enumerate("▁hepa")]
+    bytes_ = [(f"<0x{code:02X}>", 0.0, 6) for code in range(0x80, 0x80 + 85)]
+    pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), *letters, ("he", -1.0, 1), ("▁he", -2.0, 1),
+              ("ap", -3.0, 1), ("[INST]", 0.0, 4), *bytes_]  # fmt: skip
+    model = from_pretrained(write_gguf(tmp_path / "tiny.gguf", spm=pieces))
+    tokenizer = Tokenizer.from_file(str(model.directory / "tokenizer.json"))
+    encoded = tokenizer.encode("he heap[INST]hé")
+    assert encoded.tokens == ["<s>", "▁he", "▁he", "ap", "[INST]", "▁", "h", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(encoded.ids, skip_special_tokens=True) == "he heap[INST] hé"
+    assert model.generation.stop == (2,)
 
 
 def test_the_tokenizer_and_chat_template_come_along(tmp_path):
@@ -118,7 +168,9 @@ def test_command_line_draws_what_its_tokens_attend_to(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"architecture": "mamba"}, "general.architecture 'mamba' is not supported; expected 'llama'"),
+        ({"architecture": "mamba"}, r"general.architecture 'mamba' is not supported; expected \['llama', 'qwen2'\]"),
+        ({"tokenizer": "rwkv"}, r"tokenizer.ggml.model 'rwkv' is not supported; expected \['gpt2', 'llama'\]"),
+        ({"rope_factors": np.ones(3, np.float32)}, "expected rope_freqs.weight of 4 values, got"),
         ({"pre": "tekken"}, "tokenizer.ggml.pre 'tekken' is not supported; expected .*smollm"),
         ({"rope_scaling": "yarn"}, "llama.rope.scaling.type 'yarn' is not supported"),
     ],

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cached import assert_cache_equals_recomputation
 from checkpoints import LLAMA, llama_tensors, write
-from decoder_oracle import llama_logits
+from decoder_oracle import llama3_scaling, llama_logits
 
 from attntune.compiler import compile
 from attntune.errors import ModelError
@@ -16,8 +16,15 @@ from attntune.runtime.tuned_model import TunedModel
 
 SHAPE = {"batch": 2, "seq": 8, "context": 24}
 IDS = np.random.default_rng(7).integers(0, LLAMA["vocab_size"], (2, 14))
+#: Of the four frequencies of a head one stays, one is between, two are long.
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 VARIANTS: dict = {
     "llama": {},
+    "llama 3": {"rope_scaling": LLAMA3},
+    "linearly scaled": {"rope_scaling": {"type": "linear", "factor": 2.5}},
     "tied qwen2": {
         "model_type": "qwen2", "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 20.0},
@@ -27,6 +34,10 @@ VARIANTS: dict = {
 
 def oracle(config, tensors, ids):
     theta = config.get("rope_parameters", config)["rope_theta"]
+    scaling = config.get("rope_scaling", {})
+    scaled = {"scaled": llama3_scaling(**scaling)} if "rope_type" in scaling else {}
+    if "type" in scaling:
+        scaled = {"scaled": lambda frequency: frequency / scaling["factor"]}
     return llama_logits(
         {name: torch.from_numpy(value.astype(np.float32)) for name, value in tensors.items()},
         torch.from_numpy(ids),
@@ -35,6 +46,7 @@ def oracle(config, tensors, ids):
         kv_heads=config["num_key_value_heads"],
         eps=config["rms_norm_eps"],
         theta=theta,
+        **scaled,
     ).numpy()
 
 
@@ -76,8 +88,11 @@ def test_the_config_of_generation_says_where_a_text_ends(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling .*llama3.* is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling .*linear.* is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"rope_scaling of a llama3 model lacks \['low_freq"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+            "rope_scaling .*yarn.* is not supported; expected .*linear",
+        ),
         ({"hidden_act": "xielu"}, "hidden_act 'xielu' is not supported; expected one of"),
         ({"num_key_value_heads": 4}, "num_key_value_heads 4 is not supported; expected 'a divisor of"),
         ({"rms_norm_eps": None}, r"lacks \['rms_norm_eps'\]"),

@@ -2,11 +2,13 @@
 
 import json
 import struct
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from checkpoints import MARIAN, T5, marian_tensors, t5_tensors, write
+from checkpoints import LLAMA, MARIAN, T5, llama_tensors, marian_tensors, t5_tensors, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from attntune import cli
 from attntune.compiler import compile
@@ -152,6 +154,52 @@ def test_a_vocabulary_with_gaps_is_refused(tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps({"</s>": 0, "<unk>": 2}))
     with pytest.raises(ModelError, match=r"vocab\.json: expected pieces with ids from 0 on without gaps"):
         from_pretrained(write(tmp_path, MARIAN, marian_tensors(MARIAN)))
+
+
+#: Pieces of a BPE model, the best first; a letter's score is never asked for.
+PAIRS = ["▁t", "he", "▁the", "at", "▁c", "▁cat", "aa", "aaa", "▁▁", "th", "hat", "ta", "▁a"]
+BPE = {piece: -float(rank) for rank, piece in enumerate([*PAIRS, *"▁thecas"])}
+
+
+def joined(text):
+    """SentencePiece's BPE, as it is defined: of all neighbours that are a piece together, the best first."""
+    symbols = list("▁" + text.replace(" ", "▁"))
+    while True:
+        ways = [(-BPE[a + b], at) for at, (a, b) in enumerate(pairwise(symbols)) if a + b in BPE]
+        if not ways:
+            return symbols
+        _, at = min(ways)
+        symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """The codec of a Llama directory with ``tokenizer.model``, of pieces, of a byte, and of one that was added."""
+    folder = tmp_path_factory.mktemp("llama")
+    write(folder, LLAMA, llama_tensors(LLAMA))
+    special = (("<unk>", 2), ("<s>", 3), ("</s>", 3), *((f"<0x{code:02X}>", 6) for code in (0xC3, 0xA9)))
+    model_file(folder / "tokenizer.model", BPE, special, kind=2)
+    more = {str(len(BPE) + len(special)): {"content": "<|user|>", "special": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": more}))
+    codec = encoder(from_pretrained(folder), folder / "made")
+    return codec, [*(name for name, _ in special), *BPE, "<|user|>"]
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=st.text("thecas ", min_size=1).filter(str.strip))
+def test_llamas_tokens_are_joined_best_first(bpe, text):
+    codec, names = bpe
+    text = " ".join(text.split())
+    ids = codec.encode(text)
+    assert [names[index] for index in ids] == ["<s>", *joined(text)]
+    assert codec.decode(ids) == text
+
+
+def test_what_no_piece_spells_is_bytes_or_unknown(bpe):
+    codec, names = bpe
+    assert [names[i] for i in codec.encode("thé<|user|>x")] == [
+        "<s>", "▁t", "h", "<0xC3>", "<0xA9>", "<|user|>", "▁", "<unk>"
+    ]  # fmt: skip
 
 
 def test_scores_and_kinds_are_read(tmp_path):
