@@ -27,8 +27,8 @@ _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 _CUTS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [_WORDS],
     "smollm": [{"type": "Digits", "individual_digits": True}, _WORDS],
-    **dict.fromkeys(_LLAMA3, [_split(_CL100K.replace("DIGITS", r"\p{N}{1,3}")), _BYTES]),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), [_split(_CL100K.replace("DIGITS", r"\p{N}")), _BYTES]),
+    **{name: [_split(_CL100K.replace("DIGITS", r"\p{N}{1,3}")), _BYTES] for name in _LLAMA3},
+    **{name: [_split(_CL100K.replace("DIGITS", r"\p{N}")), _BYTES] for name in ("qwen2", "deepseek-r1-qwen")},
 }
 
 
