@@ -54,12 +54,13 @@ def attention(target: Target, dtypes: Sequence[str]) -> Iterator[KernelCase]:
 def decode(target: Target, dtypes: Sequence[str]) -> Iterator[KernelCase]:
     """One query over a cache of keys and values, heads of 64: bound by memory.
 
-    In PyTorch's layout, and in that of attntune's models, whose heads lie side by side (9/3 are SmolLM2-135M's).
+    In PyTorch's layout, which that of a cache is for one query (9/3 are SmolLM2-135M's), and with heads side by side,
+    as cross-attention has them.
     """
     for dtype in _without_weights(dtypes):
         for layout, how, counts in (
-            ("bhsd", "", ((12, 12), (32, 8))),
-            ("bshd", " side by side", ((12, 12), (32, 8), (9, 3))),
+            ("bhsd", "", ((12, 12), (32, 8), (9, 3))),
+            ("bshd", " side by side", ((12, 12),)),
         ):
             for heads, kv_heads in counts:
                 for length in CACHE_LENGTHS:

@@ -117,6 +117,10 @@ class AttentionCPU(ScheduleTemplate):
             imbalance = math.ceil(tasks / target.cores) * target.cores / tasks
             # More accumulators than these bring nothing, and the register allocator spills them.
             tiles = _fill_cost(vectors * tile, sums) * _fill_cost(rows * dims, 16)
+            if registers < 32:
+                # Scores are half the work, and broadcasting a key takes as long as two loads. (Zen 3, 16 queries of 9
+                # heads on 3: 1×12 took 1.35 times as long as 2×6, though it shares out evenly and that does not.)
+                tiles *= 0.5 + 0.5 * max(1.0, 0.85 * (2 * tile + vectors) / (vectors * tile))
             shape = 1.0 + 0.01 * abs(vectors - wide) + 0.01 * abs(min(block_vectors, query_vectors) - height)
             # A block's last vectors that fill no tile.
             shape += 0.02 * (math.ceil(query_vectors / blocks) % vectors > 0)
