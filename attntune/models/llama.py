@@ -100,9 +100,13 @@ def _rope_factors(scaling: Mapping[str, Any], head_dim: int, theta: float) -> tu
     if kind == "llama3":
         names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
     require_fields(scaling, kind, *names, source="config.json: rope_scaling")
-    factor, *bounds = (float(scaling[name]) for name in names)
+    numbers = [scaling[name] for name in names]
+    positive = all(isinstance(number, int | float) and number > 0 for number in numbers)
+    if not positive or (kind == "llama3" and numbers[1] >= numbers[2]):
+        raise unsupported("rope_scaling", dict(scaling), "positive numbers, low_freq_factor below high_freq_factor")
+    factor, *bounds = numbers
     if kind == "linear":
-        return (factor,) * (head_dim // 2)
+        return (float(factor),) * (head_dim // 2)
     low, high, trained = bounds
     periods = trained * frequencies(head_dim, theta) / (2 * np.pi)  # in that context
     kept = np.clip((periods - low) / (high - low), 0.0, 1.0)

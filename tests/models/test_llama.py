@@ -93,6 +93,8 @@ def test_the_config_of_generation_says_where_a_text_ends(tmp_path):
             {"rope_scaling": {"type": "yarn", "factor": 2.0}},
             "rope_scaling .*yarn.* is not supported; expected .*linear",
         ),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "rope_scaling .* expected .*low_freq_factor below"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling .* is not supported; expected 'positive"),
         ({"hidden_act": "xielu"}, "hidden_act 'xielu' is not supported; expected one of"),
         ({"num_key_value_heads": 4}, "num_key_value_heads 4 is not supported; expected 'a divisor of"),
         ({"rms_norm_eps": None}, r"lacks \['rms_norm_eps'\]"),
