@@ -7,7 +7,8 @@ A sequence's keys may be split between cores; each split keeps its own maximum, 
     scores[r, j…j+lanes] = sums of key[j] · query[r]     lanes run over the head, then one shuffle tree sums a tile
     out[r, :] += scores[r, j] · value[j, :]              value read as it lies, one scalar broadcast a multiply-add
 
-Lengths are operands: keys past a sequence's length are neither visited nor read.
+Lengths are operands: keys past a sequence's length are neither visited nor read. A split may read its keys from several
+places in turns (``streams``), which memory answers faster than one.
 
 Ladder (one query, 32 heads on 8 of 64, 2,048 keys, float32, operands from memory at 35 GB/s; 2 cores of Zen 4):
 
@@ -59,6 +60,13 @@ have their heads apart; µs from memory at 500 of 512 keys, in two minutes of th
     apart, one row with blocks of 8 keys             133, 125           -      77
     + blocks of 64 keys                              123, 113    41    109     64
     blocks of 256 keys                                    114    43    100     60
+
+Beside linear layers, which read 33 to 42 GB/s in four to six streams a core, one stream is slow. GB/s at 500 of 512 and
+2,036 of 2,048 keys of a cache, two runs each (2 streams: half of what 4 bring; 8: nothing):
+
+    heads                                            12/12               9/3              32/8
+    as above                                     26, 29, 27, 30    17, 21, 20, 20    22, 22, 22, 20
+    keys from four places in turns               28, 31, 30, 34    17, 22, 22, 22    25, 26, 25, 21
 """
 
 from __future__ import annotations
@@ -108,14 +116,17 @@ class AttentionDecodeCPU(ScheduleTemplate):
             Knob("prefetch", (0, _AHEAD)),
             # Whether a core reads some keys of all heads, which lie side by side, rather than all keys of some heads.
             Knob("heads_inside", (False, True) if w.kv_heads > 1 and not w.heads_apart("key") else (False,)),
+            # Places from which a core reads its keys in turns.
+            Knob("streams", (1, 2, 4)),
         ]
-        return ConfigSpace(knobs, [])
+        return ConfigSpace(knobs, [lambda config: config["streams"] == 1 or not config["heads_inside"]])
 
     def default(self, workload: Workload, target: Target) -> Config:
         """The fewest splits that keep every core busy; small blocks, and keys read once for as many rows as fit.
 
         Keys and values take turns in small pieces, so that both streams stay with the prefetchers. With few registers a
-        block's own cost counts for more than that, and heads that lie side by side are read as they lie.
+        block's own cost counts for more than that, heads that lie side by side are read as they lie, and others from
+        four places at a time.
         """
         w = _attention(workload)
         rows = w.q_len * (w.heads // w.kv_heads)
@@ -137,6 +148,7 @@ class AttentionDecodeCPU(ScheduleTemplate):
                 held = 1.0 + 0.01 * scored + 0.01 * summed
             asked = 1.0 if bool(config["prefetch"]) == asks else 1.01
             order = 1.0 if config["heads_inside"] == inside else 1.05
+            order *= 1.0 if config["streams"] == (4 if few and not config["heads_inside"] else 1) else 1.02
             return imbalance * block * held * asked * order * (1.0 + 0.01 * config.integer("splits")), config.key()
 
         return min(self.space(workload, target), key=cost)

@@ -76,9 +76,13 @@ class DecodeKernel(DecodeScores):
         # Splits of whole blocks, so that only the last has a block that is not full.
         blocks = (T.max(high - low, 0) + (self.key_block - 1)) // self.key_block
         blocks = T.bind((blocks + (self.splits - 1)) // self.splits)
-        start = T.bind(low + task % self.splits * blocks * self.key_block)
-        end = T.bind(T.min(start + blocks * self.key_block, high))
-        self.end = end
+        self.start = T.bind(low + task % self.splits * blocks * self.key_block)
+        self.end = T.bind(T.min(self.start + blocks * self.key_block, high))
+        count = T.max(self.end - self.start, 0)
+        if self.streams > 1:
+            self.apart = T.bind((count + (self.streams - 1)) // self.streams)
+            count = self.apart * self.streams
+        self.count = count = T.bind(count)
 
         heads = self.task_heads
         beside = self.dims * lanes if self.beside else 0
@@ -97,8 +101,9 @@ class DecodeKernel(DecodeScores):
                     v.store(*self._sum(r, dim), v.splat(0.0))
 
         self._each_head(task, begin)
-        with T.serial((T.max(end - start, 0) + (self.key_block - 1)) // self.key_block) as kb:
-            self._block(task, T.bind(start + kb * self.key_block))
+        with T.serial((count + (self.key_block - 1)) // self.key_block) as kb:
+            first = T.bind(kb * self.key_block)
+            self._block(task, first, T.bind(T.min(self.key_block, count - first)))
         if self.beside:
             with T.serial(self.padded_rows) as r:
                 for dim in range(self.dims):
@@ -123,14 +128,13 @@ class DecodeKernel(DecodeScores):
         at = dim * self.lanes
         return (self.p, [r, self.key_block + at]) if self.beside else (self.part, [self.task, r, at])
 
-    def _block(self, task: Any, start: Any) -> None:
-        """One block of keys: scores, softmax and weighted sums of all rows.
+    def _block(self, task: Any, first: Any, keys: Any) -> None:
+        """One block of ``keys`` keys, counted from the split's: scores, softmax and weighted sums of all rows.
 
         Heads that lie side by side take turns with every vector of keys, so that memory is met in one piece.
         """
         from tvm.tirx.script.builder import ir as T
 
-        keys = T.bind(T.min(self.key_block, self.end - start))
         tiles = T.bind((keys + (self.lanes - 1)) // self.lanes)
 
         def rest() -> None:
@@ -138,10 +142,10 @@ class DecodeKernel(DecodeScores):
                 self._softmax(r, tiles)
             with T.serial(self.padded_rows // self.out_rows) as rt:
                 for low in range(0, self.dims, self.dims_held):
-                    self._out_tile(start, keys, rt, low, min(self.dims_held, self.dims - low))
+                    self._out_tile(first, keys, rt, low, min(self.dims_held, self.dims - low))
 
         with T.serial(tiles) as t:
-            self._each_head(task, lambda: self._scores(start, t))
+            self._each_head(task, lambda: self._scores(first, t))
         self._each_head(task, rest)
 
     def _ask_for(self, j: Any) -> None:
@@ -177,7 +181,7 @@ class DecodeKernel(DecodeScores):
         T.buffer_store(self.top, best[0, 0], [task, r])
         T.buffer_store(self.total, self.total[task, r] * self.alpha[at] + added[0, 0], [task, r])
 
-    def _out_tile(self, start: Any, keys: Any, rt: Any, low: int, count: int) -> None:
+    def _out_tile(self, first: Any, keys: Any, rt: Any, low: int, count: int) -> None:
         """Weighted sums of ``out_rows`` rows over ``count`` vectors of the head, from vector ``low`` on."""
         from tvm.tirx.script.builder import ir as T
 
@@ -188,22 +192,25 @@ class DecodeKernel(DecodeScores):
             for e in range(count):
                 kept = v.load(*self._sum(rt * rows + a, low + e))
                 v.store(acc, [a, e, 0], kept * v.broadcast(self.alpha[row[a]]))
-        with T.serial(keys) as j:
-            # Of all tiles of a key's weighted sums, the first asks.
-            if self.prefetch and low == 0:
-                ahead = start + j + self.prefetch
-                if self.padded_rows == rows:
-                    self._ask_for(ahead)
-                else:
-                    with T.If(rt == 0), T.Then():
+        with T.serial(keys // self.streams) as n:
+            for stream in range(self.streams):
+                j = n * self.streams + stream
+                key = T.bind(self._key_row(first + n * self.streams, stream))
+                # Of all tiles of a key's weighted sums, the first asks.
+                if self.prefetch and low == 0:
+                    ahead = key + self.prefetch // self.streams
+                    if self.padded_rows == rows:
                         self._ask_for(ahead)
-            values = self._vectors("value", start + j, low, count)
-            if rows > 1:
-                values = [T.bind(value) for value in values]
-            for a in range(rows):
-                for e, value in enumerate(values):
-                    product = v.broadcast(self.p[row[a], j]) * value
-                    v.store(acc, [a, e, 0], v.load(acc, [a, e, 0]) + product)
+                    else:
+                        with T.If(rt == 0), T.Then():
+                            self._ask_for(ahead)
+                values = self._vectors("value", key if self.streams == 1 else T.min(key, self.end - 1), low, count)
+                if rows > 1:
+                    values = [T.bind(value) for value in values]
+                for a in range(rows):
+                    for e, value in enumerate(values):
+                        product = v.broadcast(self.p[row[a], j]) * value
+                        v.store(acc, [a, e, 0], v.load(acc, [a, e, 0]) + product)
         for a in range(rows):
             for e in range(count):
                 v.store(*self._sum(rt * rows + a, low + e), v.load(acc, [a, e, 0]))

@@ -25,8 +25,14 @@ class DecodeScores:
     """Scores, then their exponentials: (rows, keys), those of a head from row :attr:`at` on."""
     q: Any
     """Scaled queries: (rows, head_dim), those of a head from row :attr:`base` on."""
+    start: Any
+    """The first key of the split."""
     end: Any
-    """After the last key of the split."""
+    """After its last."""
+    apart: Any
+    """Keys of each stream of it."""
+    count: Any
+    """Of all streams together."""
     b: Any
     """The sequence."""
     task: Any
@@ -45,6 +51,7 @@ class DecodeScores:
         self.score_rows = config.integer("score_rows")
         self.out_rows = config.integer("out_rows")
         self.prefetch = config.integer("prefetch")
+        self.streams = config.integer("streams")
         self.heads_inside = bool(config["heads_inside"])
         #: Heads of keys and values that a task has.
         self.task_heads = w.kv_heads if self.heads_inside else 1
@@ -74,6 +81,15 @@ class DecodeScores:
         if self.w.heads_apart(name):
             return [b, head, row, d]
         return [b, row, head * self.w.head_dim + d]
+
+    def _key_row(self, n: Any, more: Any) -> Any:
+        """The key that is number ``n`` + ``more`` of the split, ``n`` a multiple of ``streams``: of each in turn.
+
+        The last stream's may lie past the end.
+        """
+        if self.streams == 1:
+            return self.start + n + more
+        return self.start + more % self.streams * self.apart + n // self.streams + more // self.streams
 
     def _pair(self, name: str, head: Any, row: Any, part: int) -> Any:
         """One vector of bfloat16 pairs of a row of a head."""
@@ -122,18 +138,18 @@ class DecodeScores:
                 element = self.operand["query"][tuple(self._at("query", self.b, head, i, d))]
                 T.buffer_store(self.q, element * tirx.const(self.factor, "float32"), [self.base + r, d])
 
-    def _scores(self, start: Any, t: Any) -> None:
+    def _scores(self, first: Any, t: Any) -> None:
         """Scores of all rows of a head against a vector of keys."""
         from tvm.tirx.script.builder import ir as T
 
         together, left = divmod(self.rows, self.score_rows)
         with T.serial(together) as rt:
-            self._score_tile(start, t, rt * self.score_rows, self.score_rows)
+            self._score_tile(first, t, rt * self.score_rows, self.score_rows)
         if left:
             with T.serial(left) as r:
-                self._score_tile(start, t, together * self.score_rows + r, 1)
+                self._score_tile(first, t, together * self.score_rows + r, 1)
 
-    def _score_tile(self, start: Any, t: Any, first_row: Any, rows: int) -> None:
+    def _score_tile(self, first: Any, t: Any, first_row: Any, rows: int) -> None:
         """Scores of ``rows`` rows (a power of two) against a vector of keys, each key read and widened once for all.
 
         A key past the end is read as the last one, and masked.
@@ -142,7 +158,7 @@ class DecodeScores:
         from tvm.tirx.script.builder import ir as T
 
         w, v, lanes = self.w, self.v, self.lanes
-        first = T.bind(start + t * lanes)
+        first = T.bind(first + t * lanes)
         together = lanes // rows
 
         def query(r: int, part: int) -> Any:
@@ -162,7 +178,7 @@ class DecodeScores:
         products = T.sblock_alloc_buffer((lanes, lanes), "float32", scope="local")
         sums = []
         for part in range(rows):
-            keys = [T.bind(T.min(first + part * together + a, self.end - 1)) for a in range(together)]
+            keys = [T.bind(T.min(self._key_row(first, part * together + a), self.end - 1)) for a in range(together)]
             for low in range(0, count, shared):
                 dims = range(low, low + shared)
                 queries = {(r, dim): query(r, dim) for r in range(rows) for dim in dims}
@@ -202,11 +218,16 @@ class DecodeScores:
             return self.operand[name][at]
 
         with T.vectorized(lanes) as lane:
-            j = T.min(first + lane, self.end - 1)
+            key = self._key_row(first, lane)
+            j = T.min(key, self.end - 1)
+            # A vector may reach past the last number, which the last stream's keys do not all reach.
+            exists = key < self.end
+            if self.streams > 1:
+                exists = tirx.And(exists, first + lane < self.count)
             value = self.p[at, t * lanes + lane]
             if self.general:
                 value = modified(w, value, read, self.modify, self.b, head, i, j)
                 value = value * tirx.const(LOG2_E, "float32")
             for allowed in conditions(w, read, self.b, i, j):
                 value = tirx.Select(allowed, value, masked)
-            T.buffer_store(self.p, tirx.Select(first + lane < self.end, value, masked), [at, t * lanes + lane])
+            T.buffer_store(self.p, tirx.Select(exists, value, masked), [at, t * lanes + lane])
