@@ -157,7 +157,6 @@ class AttentionBf16Kernel(_RoundedResults):
 
         w, v, lanes = self.w, self.v, self.lanes
         whole = w.head_dim // lanes
-
         for dim in range(whole):
             low, high = (
                 self.value.vload(self._value_at(j, dim * lanes), dtype="uint16x16")
@@ -169,9 +168,8 @@ class AttentionBf16Kernel(_RoundedResults):
             with T.serial(w.head_dim - whole * lanes) as e:
                 pair = tirx.Cast("int32", self.value[tuple(self._value_at(row, whole * lanes + e))])
                 if paired:
-                    pair = pair | (
-                        tirx.Cast("int32", self.value[tuple(self._value_at(row + 1, whole * lanes + e))]) << 16
-                    )
+                    upper = self.value[tuple(self._value_at(row + 1, whole * lanes + e))]
+                    pair = pair | (tirx.Cast("int32", upper) << 16)
                 T.buffer_store(self.value_pairs, pair, [n, whole * lanes + e])
 
     def _score_tile(self, at: Any, height: int, g: Any, vectors: int, best: Any, edge: bool) -> None:

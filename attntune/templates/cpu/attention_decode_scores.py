@@ -83,9 +83,9 @@ class DecodeScores:
         return [b, row, head * self.w.head_dim + d]
 
     def _key_row(self, n: Any, more: Any) -> Any:
-        """The key that is number ``n`` + ``more`` of the split, ``n`` a multiple of ``streams``: of each in turn.
+        """The key that is number ``n`` + ``more`` of the split, streams taking turns; ``n`` is a multiple of them.
 
-        The last stream's may lie past the end.
+        Of the last numbers some are past the split's end.
         """
         if self.streams == 1:
             return self.start + n + more
@@ -220,7 +220,7 @@ class DecodeScores:
         with T.vectorized(lanes) as lane:
             key = self._key_row(first, lane)
             j = T.min(key, self.end - 1)
-            # A vector may reach past the last number, which the last stream's keys do not all reach.
+            # What a vector has past the last number would be keys of the streams once more.
             exists = key < self.end
             if self.streams > 1:
                 exists = tirx.And(exists, first + lane < self.count)
