@@ -58,6 +58,8 @@ CORNERS: dict[str, tuple[Workload, ...]] = {
         Linear(3, 37, 96, bias=False, weight_dtype="uint4"),
         Linear(1, 96, 50, bias=False, weight_dtype="uint8"),
         Linear(19, 50, 33, activation="relu", weight_dtype="uint8"),
+        Linear(1, 150, 40, weight_dtype="uint4"),
+        Linear(1, 83, 33, gated=True, activation="silu", weight_dtype="uint8"),
         Linear(24, 40, 33, activation="gelu", weight_dtype="uint4", seq=8),
         Linear(51, 24, 48, activation="gelu", residual=True, seq=17),
         Linear(40, 19, 37, seq=10),

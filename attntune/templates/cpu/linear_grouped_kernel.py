@@ -81,8 +81,8 @@ class GroupedLinearKernel(_Groups):
         assert isinstance(arithmetic, Grouped), f"expected weights quantised by groups, got {w}"
         self.stored = arithmetic
         #: Whether elements are masked and converted, rather than made by shifts and operations on bits: where no
-        #: instruction combines three operands, those are three.
-        self.converts = not target.has("avx512f") and self.lanes % arithmetic.group == 0
+        #: instruction combines three operands, those are three. (Of one row alone: of tiles of 5×2 LLVM takes 20 s.)
+        self.converts = w.rows == 1 and not target.has("avx512f") and self.lanes % arithmetic.group == 0
 
     def _prepare(self, x: Any) -> None:
         """The sum of the elements of x (rows, in_features) by group of the weight: buffer ``totals`` (rows, groups)."""
