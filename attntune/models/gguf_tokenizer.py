@@ -7,7 +7,8 @@ from typing import Any
 
 from attntune.models.config import require_fields, unsupported
 from attntune.models.sentencepiece import CONTROL, NORMAL, USER_DEFINED, SentencePiece
-from attntune.models.sentencepiece_bpe import bpe_tokenizer, put_around
+from attntune.models.sentencepiece_bpe import bpe_tokenizer
+from attntune.models.tokenizer_json import added_token, put_around
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 _WORDS = {**_BYTES, "use_regex": True}
@@ -82,10 +83,7 @@ def _byte_level(given: Mapping[str, Any], source: str) -> dict[str, Any]:
     tokens: list[str] = given["tokens"]
     types = given.get("token_type", [NORMAL] * len(tokens))
     added = [
-        {
-            "id": index, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": kind == CONTROL,
-        }
+        added_token(index, token, kind == CONTROL)
         for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in (CONTROL, USER_DEFINED)
     ]  # fmt: skip

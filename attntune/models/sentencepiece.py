@@ -16,6 +16,7 @@ from typing import Any
 
 from attntune.errors import ModelError
 from attntune.models.config import read_object, unsupported
+from attntune.models.tokenizer_json import added_token
 
 #: Types of a piece.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
@@ -40,6 +41,17 @@ class SentencePiece:
     """Whether a text begins with a space that it does not have."""
     squeeze: bool
     """Whether spaces at the ends go, and several become one."""
+
+    def normalizers(self) -> list[dict[str, Any]]:
+        """What ``tokenizer.json`` has for ``charsmap`` and ``squeeze``."""
+        found: list[dict[str, Any]] = []
+        if self.charsmap:
+            charsmap = base64.b64encode(self.charsmap).decode()
+            found.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+        if self.squeeze:
+            found.append({"type": "Strip", "strip_left": True, "strip_right": True})
+            found.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+        return found
 
 
 def read_sentencepiece(path: Path, kind: int = UNIGRAM) -> SentencePiece:
@@ -155,13 +167,7 @@ def _tokenizer(model: SentencePiece, pieces: Sequence[tuple[str, float, int]], p
     if unknown is None or "</s>" not in names:
         raise ModelError(f"{path}: expected a piece for what is unknown, and </s>")
     end = names.index("</s>")
-    normalizers: list[dict[str, Any]] = []
-    if model.charsmap:
-        charsmap = base64.b64encode(model.charsmap).decode()
-        normalizers.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
-    if model.squeeze:
-        normalizers.append({"type": "Strip", "strip_left": True, "strip_right": True})
-        normalizers.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+    normalizers = model.normalizers()
     spaces = {
         "type": "Metaspace", "replacement": "▁", "prepend_scheme": "always" if model.prefix else "never",
         "split": True,
@@ -173,10 +179,7 @@ def _tokenizer(model: SentencePiece, pieces: Sequence[tuple[str, float, int]], p
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {
-                "id": index, "content": piece, "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": False, "special": kind != USER_DEFINED,
-            }
+            added_token(index, piece, kind != USER_DEFINED)
             for index, (piece, _, kind) in enumerate(pieces) if kind in (UNKNOWN, CONTROL, USER_DEFINED)
         ],
         "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,

@@ -6,13 +6,13 @@ are joined first. What no piece spells is written as its bytes, where there are 
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from attntune.models.config import read_object
 from attntune.models.sentencepiece import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, SentencePiece, read_sentencepiece
+from attntune.models.tokenizer_json import added_token, put_around
 
 _BYTE = 6
 _SPACE = "▁"
@@ -51,13 +51,7 @@ def bpe_tokenizer(
     for number, token in (more or {}).items():
         texts[int(number)] = str(token["content"])
         added[int(number)] = bool(token.get("special", True))
-    normalizers: list[dict[str, Any]] = []
-    if model.charsmap:
-        charsmap = base64.b64encode(model.charsmap).decode()
-        normalizers.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
-    if model.squeeze:
-        normalizers.append({"type": "Strip", "strip_left": True, "strip_right": True})
-        normalizers.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+    normalizers = model.normalizers()
     if model.prefix:
         normalizers.append({"type": "Prepend", "prepend": _SPACE})
     normalizers.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
@@ -68,13 +62,7 @@ def bpe_tokenizer(
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
         "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [
-            {
-                "id": index, "content": texts[index], "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": False, "special": special,
-            }
-            for index, special in sorted(added.items())
-        ],
+        "added_tokens": [added_token(index, texts[index], special) for index, special in sorted(added.items())],
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,
         "post_processor": put_around(texts, begin, end),
@@ -98,22 +86,3 @@ def _merges(pieces: Sequence[tuple[str, float, int]]) -> list[str]:
         if piece[:cut] in scores and piece[cut:] in scores
     ]
     return [pair for *_, pair in sorted(found)]
-
-
-def put_around(texts: Mapping[int, str], begin: Sequence[int], end: Sequence[int]) -> dict[str, Any] | None:
-    """The post-processor that puts tokens before and after a text, and after the second of a pair; None for none."""
-    if not (begin or end):
-        return None
-
-    def special(tokens: Sequence[int]) -> list[dict[str, Any]]:
-        return [{"SpecialToken": {"id": texts[index], "type_id": 0}} for index in tokens]
-
-    one, two = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    return {
-        "type": "TemplateProcessing",
-        "single": [*special(begin), one, *special(end)],
-        "pair": [*special(begin), one, two, *special(end)],
-        "special_tokens": {
-            texts[index]: {"id": texts[index], "ids": [index], "tokens": [texts[index]]} for index in (*begin, *end)
-        },
-    }
