@@ -127,7 +127,7 @@ class GpuCheck:
         spent, workloads = float(known.get("secs", 0.0)), self._workloads()
         ended = known.get("finished") == [workload.key() for workload in workloads] and known["made_from"] == digest
         left = 60.0 * minutes - spent
-        if ended or left < 1e-3 or not workloads:  # minutes are what a file has of seconds, give or take a rounding
+        if ended or left < 1e-3 or not workloads:  # so much a rounding of minutes may leave
             why = "every search has ended" if ended else f"{spent / 60:.1f} minutes were spent"
             self.settings.say(f"tuning: {why}")
             return

@@ -186,15 +186,12 @@ def _decomposed(builder: GraphBuilder, call: OpCall, operands: _Operands) -> tup
     attrs, dtype = call.attrs, call.result_dtype
     heads, kv_heads, head_dim = attrs["heads"], attrs["kv_heads"], attrs["head_dim"]
 
-    def split_heads(x: str, count: int, perm: list[int]) -> str:
-        return _split_heads(builder, x, count, head_dim, perm)
-
-    query = split_heads(operands.query, heads, [0, 2, 1, 3])
+    query = _split_heads(builder, operands.query, heads, head_dim, [0, 2, 1, 3])
     if operands.heads_apart:
         key, value = builder.node("Transpose", operands.key, perm=[0, 1, 3, 2]), operands.value
     else:
-        key = split_heads(operands.key, kv_heads, [0, 2, 3, 1])
-        value = split_heads(operands.value, kv_heads, [0, 2, 1, 3])
+        key = _split_heads(builder, operands.key, kv_heads, head_dim, [0, 2, 3, 1])
+        value = _split_heads(builder, operands.value, kv_heads, head_dim, [0, 2, 1, 3])
     if heads != kv_heads:
         key = _repeat_heads(builder, key, heads, kv_heads, (0, heads, head_dim, -1))
         value = _repeat_heads(builder, value, heads, kv_heads, (0, heads, -1, head_dim))

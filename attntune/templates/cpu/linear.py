@@ -89,7 +89,11 @@ from attntune.templates.cpu.linear_cost import (
     step_cost,
     stream_cost,
 )
-from attntune.templates.cpu.linear_grouped_kernel import GroupedLinearKernel, UnpackedLinearKernel
+from attntune.templates.cpu.linear_grouped_kernel import (
+    ConvertedLinearKernel,
+    GroupedLinearKernel,
+    UnpackedLinearKernel,
+)
 from attntune.templates.cpu.linear_int8_kernel import Int8LinearKernel
 from attntune.templates.cpu.linear_kernel import FEW_ROWS, LinearKernel
 from attntune.templates.cpu.linear_widened_kernel import WidenedLinearKernel
@@ -265,7 +269,7 @@ class LinearCPU(ScheduleTemplate):
 
         w = _linear(workload)
         packed = {name: packing.spec for name, packing in self.pack(w, target).items()}
-        kernel = _kernel(w, config)(w, target, config, _arithmetic(w, target), packed)
+        kernel = _kernel(w, target, config)(w, target, config, _arithmetic(w, target), packed)
         return tvm.IRModule({"main": kernel.function()})
 
     def features(self, workload: Workload, target: Target, config: Config) -> dict[str, float]:
@@ -302,12 +306,18 @@ class LinearCPU(ScheduleTemplate):
         }
 
 
-def _kernel(w: Linear, config: Config) -> type[LinearKernel]:
+def _kernel(w: Linear, target: Target, config: Config) -> type[LinearKernel]:
     """What writes a layer's kernel."""
     if w.quantized:
         return Int8LinearKernel
     if w.grouped:
-        return UnpackedLinearKernel if config["unpack"] else GroupedLinearKernel
+        if config["unpack"]:
+            return UnpackedLinearKernel
+        return (
+            ConvertedLinearKernel
+            if ConvertedLinearKernel.pays(w, target, _arithmetic(w, target))
+            else GroupedLinearKernel
+        )
     if config.get("amx", False):
         return AmxLinearKernel
     return WidenedLinearKernel if config.get("widen", False) else LinearKernel

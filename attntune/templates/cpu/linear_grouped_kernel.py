@@ -80,9 +80,6 @@ class GroupedLinearKernel(_Groups):
         super().__init__(w, target, config, arithmetic, packed)
         assert isinstance(arithmetic, Grouped), f"expected weights quantised by groups, got {w}"
         self.stored = arithmetic
-        #: Whether elements are masked and converted, rather than made by shifts and operations on bits: where no
-        #: instruction combines three operands, those are three. (Of one row alone: of tiles of 5×2 LLVM takes 20 s.)
-        self.converts = w.rows == 1 and not target.has("avx512f") and self.lanes % arithmetic.group == 0
 
     def _prepare(self, x: Any) -> None:
         """The sum of the elements of x (rows, in_features) by group of the weight: buffer ``totals`` (rows, groups)."""
@@ -91,8 +88,6 @@ class GroupedLinearKernel(_Groups):
 
         w, lanes = self.w, self.lanes
         self.totals = T.sblock_alloc_buffer((w.rows, w.weight_groups), "float32")
-        if self.converts:
-            self.scaled = T.sblock_alloc_buffer((w.rows, w.in_features), "float32")
         whole, left = divmod(w.in_features, WEIGHT_GROUP)
         parts = max(1, WEIGHT_GROUP // lanes)
         with T.parallel(w.rows) if w.rows > _SHARED_ROWS else T.serial(w.rows) as i, T.sblock("totals"):
@@ -109,45 +104,34 @@ class GroupedLinearKernel(_Groups):
                 T.buffer_store(self.totals, tirx.const(0.0, "float32"), [i, whole])
                 with T.serial(left) as k:
                     T.buffer_store(self.totals, self.totals[i, whole] + x[i, whole * WEIGHT_GROUP + k], [i, whole])
-            if self.converts:
-                self._scale_elements(x, i)
 
-    def _scale_elements(self, x: Any, i: Any) -> None:
-        """Row ``i`` of x to buffer ``scaled`` (rows, in_features), each element scaled by its weight's place."""
-        from tvm import tirx
-        from tvm.tirx.script.builder import ir as T
+    def _factors(self) -> Any:
+        """The buffer of x that elements are multiplied by."""
+        return self.operand["x"]
 
-        w, lanes = self.w, self.lanes
-        factors = [tirx.const(self.stored.factor(k % self.stored.group), "float32") for k in range(lanes)]
-        pattern = tirx.Shuffle(factors, list(range(lanes)))
-        whole, left = divmod(w.in_features, lanes)
-        with T.serial(whole) as n:
-            self.v.store(self.scaled, [i, n * lanes], self.v.load(x, [i, n * lanes]) * pattern)
-        for k in range(left):
-            T.buffer_store(self.scaled, x[i, whole * lanes + k] * factors[k], [i, whole * lanes + k])
+    def _first_sum(self, row: Any, g: Any) -> Any:
+        """What a group's sum of elements times x begins with, a vector."""
+        return self.v.splat(0.0) - self.v.broadcast(self.totals[row, g])
 
-    def _unpacked(self, words: Any, j: int) -> Any:
-        return self.stored.converted(words, j, self.lanes) if self.converts else super()._unpacked(words, j)
+    def _step(self, scale: Any) -> Any:
+        """What such a sum is to be multiplied by, a vector."""
+        return scale * self.v.splat(float(1 << self.stored.bits))
 
     def _sums(self, row: Any, rows: int, panels: Panels) -> Callable[[int, int], Any]:
         """The sums of a tile with a weight that is unpacked as it is multiplied.
 
-        A group's sum of (1 + q / 2**bits) · x begins with minus the sum of x, which leaves that of q / 2**bits · x;
-        that of what was converted is of q · x.
+        A group's sum of (1 + q / 2**bits) · x begins with minus the sum of x, which leaves that of q / 2**bits · x.
         """
         from tvm.tirx.script.builder import ir as T
 
-        wide = panels.count * self.parts
-        x = self.scaled if self.converts else self.operand["x"]
+        wide, x = panels.count * self.parts, self._factors()
         acc = T.sblock_alloc_buffer((rows, wide, self.lanes), "float32", scope="local")
         total = T.sblock_alloc_buffer((rows, wide, self.lanes), "float32", scope="local")
         each = [(a, v) for a in range(rows) for v in range(wide)]
 
         def group(g: Any, count: int) -> None:
             for a, v in each:
-                zero = self.v.splat(0.0)
-                start = zero if self.converts else zero - self.v.broadcast(self.totals[row + a, g])
-                self.v.store(acc, [a, v, 0], start)
+                self.v.store(acc, [a, v, 0], self._first_sum(row + a, g))
 
             def element(v: int, k: Any, value: Any) -> None:
                 for a in range(rows):
@@ -157,9 +141,7 @@ class GroupedLinearKernel(_Groups):
             self._group(g * WEIGHT_GROUP, count, panels, element)
             for v in range(wide):
                 scale, minimum = self._scales(self._part(panels, v), g)
-                if not self.converts:
-                    scale = scale * self.v.splat(float(1 << self.stored.bits))
-                scale, minimum = T.bind(scale), T.bind(minimum)
+                scale, minimum = T.bind(self._step(scale)), T.bind(minimum)
                 for a in range(rows):
                     added = self.v.load(acc, [a, v, 0]) * scale + minimum * self.v.broadcast(self.totals[row + a, g])
                     self.v.store(total, [a, v, 0], self.v.load(total, [a, v, 0]) + added)
@@ -168,6 +150,52 @@ class GroupedLinearKernel(_Groups):
             self.v.store(total, [a, v, 0], self.v.splat(0.0))
         self._groups(group)
         return lambda a, v: self.v.load(total, [a, v, 0])
+
+
+class ConvertedLinearKernel(GroupedLinearKernel):
+    """Elements masked where they lie and converted; x makes up for their place. Of one row.
+
+    Two instructions an element instead of three, where none combines three operands. (Of more rows LLVM takes 20 s over
+    a tile of 5×2.)
+    """
+
+    @staticmethod
+    def pays(w: Linear, target: Target, arithmetic: Arithmetic) -> bool:
+        """Whether it is for this layer."""
+        whole = target.lanes("float32") % arithmetic.group == 0
+        return w.rows == 1 and whole and not target.has("avx512f")
+
+    def _prepare(self, x: Any) -> None:
+        """Also buffer ``scaled`` (1, in_features), x with each element scaled by its weight's place."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        super()._prepare(x)
+        lanes = self.lanes
+        factors = [tirx.const(self.stored.factor(k % self.stored.group), "float32") for k in range(lanes)]
+        pattern = tirx.Shuffle(factors, list(range(lanes)))
+        self.scaled = T.sblock_alloc_buffer((1, self.w.in_features), "float32")
+        whole, left = divmod(self.w.in_features, lanes)
+        with T.sblock("scaled"):
+            T.reads()
+            T.writes()
+            if whole:
+                with T.serial(whole) as n:
+                    self.v.store(self.scaled, [0, n * lanes], self.v.load(x, [0, n * lanes]) * pattern)
+            for k in range(left):
+                T.buffer_store(self.scaled, x[0, whole * lanes + k] * factors[k], [0, whole * lanes + k])
+
+    def _unpacked(self, words: Any, j: int) -> Any:
+        return self.stored.converted(words, j, self.lanes)
+
+    def _factors(self) -> Any:
+        return self.scaled
+
+    def _first_sum(self, row: Any, g: Any) -> Any:
+        return self.v.splat(0.0)
+
+    def _step(self, scale: Any) -> Any:
+        return scale
 
 
 class UnpackedLinearKernel(_Groups, FloatPanelsKernel):
