@@ -22,10 +22,11 @@ from typing import Any
 
 from attntune.compiler import compile
 from attntune.database.query import Database
+from attntune.engines.compare_kernels import KernelOptions, compare_kernels
 from attntune.engines.comparison import Comparison
 from attntune.engines.end_to_end import ENCODERS, TUNING_SHAPES, encoders, tuning
 from attntune.engines.generation import compare_writers
-from attntune.engines.kernel_comparison import KernelComparison, KernelOptions, compare_kernels
+from attntune.engines.kernel_comparison import KernelComparison
 from attntune.engines.kernel_suites import DTYPES, KERNEL_SUITES
 from attntune.engines.listeners import LISTENERS
 from attntune.engines.writers import WRITERS, WriterSource

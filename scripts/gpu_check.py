@@ -20,9 +20,9 @@ import signal
 import sys
 from pathlib import Path
 
+from attntune.engines.compare_kernels import KernelOptions
 from attntune.engines.cuda_suites import parts
 from attntune.engines.gpu_check import STEPS, GpuCheck, GpuSettings, failures
-from attntune.engines.kernel_comparison import KernelOptions
 from attntune.errors import AttntuneError
 from attntune.host import available_cpus
 from attntune.measure.cuda_device import detect_cuda

@@ -27,11 +27,12 @@ from typing import Any
 
 from attntune.database.query import Database
 from attntune.database.record import Status, TuningRecord
+from attntune.engines.compare_kernels import KernelOptions, compare_kernels
 from attntune.engines.comparison import Outcome
 from attntune.engines.cuda_kernel_engines import CUDA_KERNEL_ENGINES, cuda_peaks
 from attntune.engines.cuda_suites import Part
 from attntune.engines.gpu_models import every_check, problems
-from attntune.engines.kernel_comparison import OURS, KernelComparison, KernelOptions, compare_kernels
+from attntune.engines.kernel_comparison import OURS, KernelComparison
 from attntune.engines.kernel_engines import KernelEngine
 from attntune.errors import AttntuneError, EngineError, TargetError
 from attntune.kernel_cache import KernelCache, package_versions, sources_digest

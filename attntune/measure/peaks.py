@@ -1,13 +1,17 @@
 """Kernels that reach a machine's limits: multiply-adds held in registers, and memory read and copied.
 
-Runs in a process of its own, called by ``machine.measure_peaks``. Multiplicands are bound before the loop: a load
+Runs in a process of its own, called by ``machine.measure_peaks`` and, beside the kernels that are compared with these
+limits, by :mod:`attntune.engines.kernel_comparison`. Multiplicands are bound before the loop: a load
 inside it might alias the accumulators, which LLVM then keeps in memory (75 instead of 215 GFLOP/s).
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +19,7 @@ import numpy as np
 from attntune.measure.buffers import GuardedArray, as_tensor
 from attntune.target import Target
 from attntune.templates.cpu import amx
+from attntune.templates.cpu.vectors import PREFETCH_IR
 from attntune.templates.lowering import build
 
 _CHAINS = 12
@@ -22,6 +27,8 @@ _CHAINS = 12
 _STEPS = 200_000
 _REPEATS = 12
 _MIN_BUFFER_BYTES = 64 * 1024**2
+_AHEAD = 1024
+"""Values that memory is asked for ahead of adding them, to the second-level cache."""
 
 _DPBF16 = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
@@ -39,21 +46,59 @@ _AMX_TILES = 4
 _AMX_FLOPS = 2 * 16 * 16 * 32
 
 
+@dataclass(frozen=True)
+class Limit:
+    """A kernel that reaches one of the machine's limits, ready to run."""
+
+    call: Callable[[], None]
+    work: float
+    """Operations, or bytes read and written, of one call."""
+
+
 def measure(target: Target) -> dict[str, Any]:
     """See ``machine.measure_peaks``."""
-    flops = {"float32": _compute_peak(target, "float32")}
+    flops = {"float32": _best(_compute_limit(target, "float32"))}
     if target.has("avx512bf16"):
-        flops["bfloat16"] = _compute_peak(target, "bfloat16")
+        flops["bfloat16"] = _best(_compute_limit(target, "bfloat16"))
     if amx.available(target):
-        flops["bfloat16"] = max(flops["bfloat16"], _amx_peak(target))
+        flops["bfloat16"] = max(flops["bfloat16"], _best(_amx_limit(target)))
     if target.has("avx512vnni"):
-        flops["int8"] = _compute_peak(target, "int8")
-    read, copy = _bandwidth(target)
-    return {"flops_per_sec": flops, "read_bytes_per_sec": read, "copy_bytes_per_sec": copy}
+        flops["int8"] = _best(_compute_limit(target, "int8"))
+    return {
+        "flops_per_sec": flops,
+        "read_bytes_per_sec": _best(_read_limit(target)),
+        "copy_bytes_per_sec": _best(_copy_limit(target)),
+    }
 
 
-def _compute_peak(target: Target, dtype: str) -> float:
-    """Operations per second of independent multiply-add chains on every core."""
+def rates(target: Target, limit: str, secs: float) -> list[float]:
+    """What the machine does now: operations or bytes a second of each of several runs.
+
+    Args:
+        target: this machine.
+        limit: ``"read"``, or a dtype of ``flops_per_sec``.
+        secs: how long to go on; two runs at least. Building the kernel comes on top, once a process.
+    """
+    found = _limit(target, limit)
+    found.call()
+    measured: list[float] = []
+    start = time.perf_counter()
+    while len(measured) < 2 or time.perf_counter() - start < secs:
+        measured.append(found.work / _secs(found.call))
+    return measured
+
+
+@cache
+def _limit(target: Target, name: str) -> Limit:
+    if name == "read":
+        return _read_limit(target)
+    if name == "bfloat16" and amx.available(target):
+        return _amx_limit(target)
+    return _compute_limit(target, name)
+
+
+def _compute_limit(target: Target, dtype: str) -> Limit:
+    """Independent multiply-add chains on every core."""
     lanes = target.lanes("float32")
     kernel, a_dtype, sum_dtype, per_lane = {
         "float32": (_fma_kernel, "float32", "float32", 2),
@@ -65,63 +110,77 @@ def _compute_peak(target: Target, dtype: str) -> float:
         [np.full(2 * lanes, 0.5 if a_dtype == "float32" else 0, a_dtype)],
         [np.zeros((target.cores, _CHAINS * lanes), sum_dtype)],
     )  # fmt: skip
-    secs = _best(call)
+    call()
     assert np.isfinite(results[0]).all()
-    return target.cores * _CHAINS * lanes * per_lane * _STEPS / secs
+    return Limit(call, target.cores * _CHAINS * lanes * per_lane * _STEPS)
 
 
-def _amx_peak(target: Target) -> float:
-    """Operations per second of products of tiles on every core."""
+def _amx_limit(target: Target) -> Limit:
+    """Products of tiles on every core."""
     values = np.full((2 * amx.ROWS, 2 * amx.PAIRS), 0x3F80, np.uint16)  # ones, as bfloat16
     call, results = _prepare(
         _amx_kernel(target.cores, _STEPS), target, [values],
         [np.zeros((target.cores, _AMX_TILES, amx.ROWS, amx.ROWS), np.float32)],
     )  # fmt: skip
-    secs = _best(call)
+    call()
     assert (results[0] == 2 * amx.PAIRS * _STEPS).all()
-    return target.cores * _AMX_TILES * _AMX_FLOPS * _STEPS / secs
+    return Limit(call, target.cores * _AMX_TILES * _AMX_FLOPS * _STEPS)
 
 
-def _bandwidth(target: Target) -> tuple[float, float]:
-    """Bytes per second of summing a buffer larger than every cache, and of copying one (read plus written)."""
-    lanes = target.lanes("float32")
-    rows = target.cores * 64
-    row = max(4 * target.l3_bytes, _MIN_BUFFER_BYTES) // (4 * rows)
-    row = -(-row // (_CHAINS * lanes)) * _CHAINS * lanes
-    source = np.ones((rows, row), np.float32)
-    read, sums = _prepare(
-        _sum_kernel(rows, row, lanes, _CHAINS), target, [source], [np.zeros((rows, _CHAINS * lanes), np.float32)]
-    )
-    read_secs = _best(read)
-    assert sums[0].sum(dtype=np.float64) == source.size
-    copy, copies = _prepare(_copy_kernel(rows, row, lanes), target, [source], [np.zeros_like(source)])
-    copy_secs = _best(copy)
+def _read_limit(target: Target) -> Limit:
+    """A buffer larger than every cache, added up in whichever way is the fastest."""
+    source, lanes = GuardedArray.holding(_large(target)), target.lanes("float32")
+    rows, row = source.array.shape
+    ways = []
+    for places, ahead in itertools.product((1, 4), (False, True)):
+        kernel = _sum_kernel(rows // places, places, row, lanes, _CHAINS, ahead)
+        call, sums = _prepare(kernel, target, [source], [np.zeros((rows // places, _CHAINS * lanes), np.float32)])
+        call()
+        assert sums[0].sum(dtype=np.float64) == source.array.size
+        ways.append(Limit(call, source.array.nbytes))
+    return max(ways, key=lambda way: _best(way, 3))
+
+
+def _copy_limit(target: Target) -> Limit:
+    """The same buffer copied: read plus written."""
+    source = _large(target)
+    rows, row = source.shape
+    kernel = _copy_kernel(rows, row, target.lanes("float32"))
+    call, copies = _prepare(kernel, target, [source], [np.zeros_like(source)])
+    call()
     assert (copies[0] == 1).all()
-    return source.nbytes / read_secs, 2 * source.nbytes / copy_secs
+    return Limit(call, 2 * source.nbytes)
+
+
+def _large(target: Target) -> np.ndarray:
+    """Ones, in rows of whole steps of the kernels that read them."""
+    rows, step = target.cores * 64, _CHAINS * target.lanes("float32")
+    row = max(4 * target.l3_bytes, _MIN_BUFFER_BYTES) // (4 * rows)
+    return np.ones((rows, -(-row // step) * step), np.float32)
 
 
 def _prepare(
-    function: Any, target: Target, inputs: list[np.ndarray], outputs: list[np.ndarray]
+    function: Any, target: Target, inputs: Sequence[np.ndarray | GuardedArray], outputs: Sequence[np.ndarray]
 ) -> tuple[Callable[[], None], list[np.ndarray]]:
-    """What calls the kernel on aligned copies of its operands, and the outputs it writes."""
+    """What calls the kernel on its operands, copied to where they are aligned, and the outputs it writes."""
     import tvm
 
     executable = build(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}), target)
-    operands = [GuardedArray.holding(values) for values in (*inputs, *outputs)]
+    operands = [x if isinstance(x, GuardedArray) else GuardedArray.holding(x) for x in (*inputs, *outputs)]
     tensors = [as_tensor(operand.array) for operand in operands]
     main = executable["main"]
     return lambda: main(*tensors), [operand.array for operand in operands[len(inputs) :]]
 
 
-def _best(call: Callable[[], None]) -> float:
-    """Shortest of several runs, in seconds: a peak is what the machine can do undisturbed."""
+def _best(limit: Limit, runs: int = _REPEATS) -> float:
+    """Work a second of the shortest of several runs: a peak is what the machine can do undisturbed."""
+    return limit.work / min(_secs(limit.call) for _ in range(runs))
+
+
+def _secs(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
     call()
-    times = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return time.perf_counter() - start
 
 
 def _fma_kernel(cores: int, lanes: int, chains: int, steps: int) -> Any:
@@ -245,26 +304,35 @@ def _vpdpbusd_kernel(cores: int, lanes: int, chains: int, steps: int) -> Any:
     return main
 
 
-def _sum_kernel(rows: int, row: int, lanes: int, chains: int) -> Any:
+def _sum_kernel(tasks: int, places: int, row: int, lanes: int, chains: int, ahead: bool) -> Any:
+    """Each task adds up ``places`` rows, a few vectors of each in turns; ``ahead``: lines are asked for before that."""
     from tvm.script import tirx as T
+
+    code = {"pragma_import_llvm": PREFETCH_IR} if ahead else {}
+    each = chains // places
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def main(a: T.handle, c: T.handle) -> None:
-        A = T.match_buffer(a, (rows, row), "float32")
-        C = T.match_buffer(c, (rows, chains * lanes), "float32")
+        A = T.match_buffer(a, (tasks * places, row), "float32")
+        C = T.match_buffer(c, (tasks, chains * lanes), "float32")
         with T.sblock("root"):
-            for t in T.parallel(rows):
+            for t in T.parallel(tasks, annotations=code):
                 with T.sblock("row"):
-                    v = T.axis.spatial(rows, t)
-                    T.reads(A[v, 0:row])
+                    v = T.axis.spatial(tasks, t)
+                    T.reads(A[v * places : v * places + places, 0:row])
                     T.writes(C[v, 0 : chains * lanes])
                     acc = T.sblock_alloc_buffer((chains * lanes,), "float32", scope="local")
                     for j in T.unroll(chains):
                         acc[T.ramp(j * lanes, 1, lanes)] = T.broadcast(T.float32(0), lanes)
-                    for k in T.serial(row // (chains * lanes)):
+                    for k in T.serial(row // (each * lanes)):
                         for j in T.unroll(chains):
+                            if ahead:
+                                T.evaluate(T.call_extern("int32", "attntune_prefetch_2", T.address_of(
+                                    A[v * places + j // each, (k * each + j % each) * lanes + _AHEAD]
+                                )))  # fmt: skip
                             acc[T.ramp(j * lanes, 1, lanes)] = (
-                                acc[T.ramp(j * lanes, 1, lanes)] + A[v, T.ramp((k * chains + j) * lanes, 1, lanes)]
+                                acc[T.ramp(j * lanes, 1, lanes)]
+                                + A[v * places + j // each, T.ramp((k * each + j % each) * lanes, 1, lanes)]
                             )
                     for j in T.unroll(chains):
                         C[v, T.ramp(j * lanes, 1, lanes)] = acc[T.ramp(j * lanes, 1, lanes)]

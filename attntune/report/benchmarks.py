@@ -15,6 +15,11 @@ from attntune.ops import workload_from_key
 
 Case = tuple[str, str, str]
 
+_MOMENT = (
+    "*% of the moment's*: of what the cores did as the same limit was measured again beside each round, multiply-adds "
+    "in registers or, from cold caches, memory read; medians over rounds, with a 95 % interval. "
+)
+
 
 def kernel_section(found: KernelComparison, raw: str) -> str:
     """Title, how it was taken, a summary by group and state of the caches, and every case."""
@@ -22,7 +27,8 @@ def kernel_section(found: KernelComparison, raw: str) -> str:
     lines = [
         f"## {found.suite}: {_dtypes(found)}, {_where(found)}, {found.time[:10]}",
         "",
-        f"{_machine(found)}; {_peaks(found.peaks)}. {found.settings.get('rounds')} interleaved rounds, each "
+        f"{_machine(found)}; {_peaks(found.peaks)}. {_MOMENT if _beside(found) else ''}"
+        f"{found.settings.get('rounds')} interleaved rounds, each "
         "engine in a process of its own; ratios are medians over rounds of the other's time over attntune's, above 1 "
         "attntune is faster, with a 95 % "
         f"interval. Engines: {_engines(found)}. Raw samples: [`{raw}`]({raw}).",
@@ -36,7 +42,9 @@ def kernel_section(found: KernelComparison, raw: str) -> str:
 
 
 def _summary(found: KernelComparison, others: Sequence[str]) -> list[str]:
+    beside = _beside(found)
     head = ["group", "caches", "kernels", "% of peak (geometric mean)", "lowest"]
+    head += ["% of the moment's (geometric mean)", "lowest"] if beside else []
     for name in others:
         title = found.engines[name].get("title", name)
         head += [f"{title} ÷ attntune (geometric mean)", "lowest"]
@@ -51,7 +59,8 @@ def _summary(found: KernelComparison, others: Sequence[str]) -> list[str]:
         if not ours:
             continue
         row = [group, cache, str(len(ours))]
-        row += [_percent(geometric_mean(shares)), _percent(min(shares))] if shares else ["", ""]
+        row += _percents(shares)
+        row += _percents([share.value for r in ours if (share := r.share()) is not None]) if beside else []
         for name in others:
             ratios = [(ratio.value, case[1]) for case in cases if (ratio := found.ratio(name, case)) is not None]
             row += _mean_and_lowest(ratios)
@@ -75,7 +84,9 @@ def _best_ratio(found: KernelComparison, others: Sequence[str], case: Case) -> f
 
 
 def _cases(found: KernelComparison, others: Sequence[str]) -> list[str]:
-    head = ["group", "case", "caches", "attntune, µs", "rate", "% of peak", "schedule"]
+    beside = _beside(found)
+    head = ["group", "case", "caches", "attntune, µs", "rate", "% of peak"]
+    head += ["% of the moment's", "schedule"] if beside else ["schedule"]
     for name in others:
         title = found.engines[name].get("title", name)
         head += [f"{title} ÷ attntune", f"{title}'s way"]
@@ -86,7 +97,11 @@ def _cases(found: KernelComparison, others: Sequence[str]) -> list[str]:
             continue
         bound, share = ours.limit(found.peaks) or ("", math.nan)
         of_peak = f"{_percent(share)} {bound}" if bound else ""
-        row = [*case, f"{ours.median_secs * 1e6:.1f}", _rate(ours, bound), of_peak, ours.way]
+        row = [*case, f"{ours.median_secs * 1e6:.1f}", _rate(ours, bound), of_peak]
+        if beside:
+            at = ours.share()
+            row.append("" if at is None else f"{_percent(at.value)} [{100 * at.low:.0f}, {100 * at.high:.0f}]")
+        row.append(ours.way)
         for name in others:
             theirs, ratio = found.result(name, case), found.ratio(name, case)
             shown = "" if ratio is None else f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]"
@@ -275,6 +290,16 @@ def update_page(page: Path, name: str, section: str, *, by: str = "scripts/bench
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table's lines."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def _beside(found: KernelComparison) -> bool:
+    """Whether the machine was measured beside the rounds."""
+    return any(result.limits for result in found.results)
+
+
+def _percents(shares: Sequence[float]) -> list[str]:
+    """Geometric mean and lowest."""
+    return [_percent(geometric_mean(shares)), _percent(min(shares))] if shares else ["", ""]
 
 
 def _percent(share: float) -> str:

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
+from attntune.engines.compare_kernels import KernelOptions, compare_kernels
 from attntune.engines.comparison import Outcome
-from attntune.engines.kernel_comparison import KernelCase, KernelComparison, KernelOptions, compare_kernels
+from attntune.engines.kernel_comparison import KernelCase, KernelComparison, KernelResult
 from attntune.engines.kernel_suites import KERNEL_SUITES
 from attntune.errors import EngineError, ReportError
 from attntune.kernel_cache import KernelCache
@@ -44,6 +45,8 @@ def test_right_engines_are_timed_and_others_are_named(found):
             assert len(result.rounds) == 2
             assert result.max_rel_error < 1e-5
             assert result.way
+            # 3×40→20 waits for memory, which is measured where operands come from there.
+            assert bool(result.limits) == (result.engine == "attntune" and result.cache == "cold")
     by_engine = {(r.engine, r.cache): r for r in found.results if r.label == "7×80→40"}
     assert set(by_engine) == {(engine, cache) for engine in ("attntune", "pytorch") for cache in ("hot", "cold")}
     for (engine, _), result in by_engine.items():
@@ -68,9 +71,14 @@ def test_right_engines_are_timed_and_others_are_named(found):
 def test_it_round_trips_and_becomes_a_table(found, tmp_path):
     again = KernelComparison.load(found.save(tmp_path / "samples.json"))
     assert again.cases() == found.cases()
+    shares = [(r.share(), s.share()) for r, s in zip(again.results, found.results, strict=True)]
+    assert all((a is None) == (b is None) for a, b in shares)
+    assert any(a is not None and a.value == pytest.approx(b.value, rel=1e-3) for a, b in shares)
     assert again.peaks == found.peaks
     section = kernel_section(again, "few/samples.json")
     assert "| float32 causal | 1×9 | cold |" in section
+    assert "% of the moment's" in section
+    assert "% of the moment's" not in kernel_section(_without_limits(again), "few/samples.json")
     assert "no such dtype" in section
     page = tmp_path / "README.md"
     page.write_text("# Measurements\n\nBy hand.\n")
@@ -81,6 +89,24 @@ def test_it_round_trips_and_becomes_a_table(found, tmp_path):
     page.write_text(page.read_text().replace("<!-- end few -->", ""))
     with pytest.raises(ReportError, match="both marks"):
         update_page(page, "few", section)
+
+
+def _without_limits(found):
+    """As it was kept before the machine was measured beside the rounds."""
+    fields = found.to_json()
+    return KernelComparison.from_json(
+        {**fields, "results": [{k: v for k, v in row.items() if k != "limits"} for row in fields["results"]]}
+    )
+
+
+def test_the_share_is_of_the_rates_beside_each_round():
+    key = Linear(64, 64, 64).key()
+    result = KernelResult(
+        "float32", "64", key, "hot", "attntune", Outcome.OK, ((2.0, 2.0), (4.0, 4.0), (5.0,)),
+        limits=((1.0, 1.0), (3.0,), (4.0, 4.0)),
+    )  # fmt: skip
+    assert result.share().value == pytest.approx(0.75)
+    assert dataclasses.replace(result, limits=()).share() is None
 
 
 def test_every_suite_has_cases_that_say_what_they_are():

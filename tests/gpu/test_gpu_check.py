@@ -12,11 +12,12 @@ import torch
 from gpu import EMULATION, HELPERS, EmulatedRunner, needs_nvcc
 
 from attntune.database.journal import Journal
+from attntune.engines.compare_kernels import KernelOptions
 from attntune.engines.comparison import Outcome
 from attntune.engines.cuda_kernel_engines import AttntuneCudaKernels, TorchFlash, fused_linear
 from attntune.engines.cuda_suites import Part, parts
 from attntune.engines.gpu_check import GpuCheck, GpuSettings, failures
-from attntune.engines.kernel_comparison import KernelCase, KernelComparison, KernelOptions
+from attntune.engines.kernel_comparison import KernelCase, KernelComparison
 from attntune.errors import TargetError
 from attntune.measure.cuda_device import detect_cuda
 from attntune.measure.runner import Runner

@@ -68,7 +68,7 @@ Beside linear layers, which read 33 to 42 GB/s in four to six streams a core, on
     as above                                     26, 29, 27, 30    17, 21, 20, 20    22, 22, 22, 20
     keys from four places in turns               28, 31, 30, 34    17, 22, 22, 22    25, 26, 25, 21
 
-The same on Emerald Rapids, GB/s of the 23 to 24 that it read then (12/12 and 32/8: 2,036 of 2,048 keys, 9/3: 768 of 1,024):
+The same on Emerald Rapids, GB/s of the 23 to 24 it read then (12/12, 32/8: 2,036 of 2,048 keys; 9/3: 768 of 1,024):
 
                                                      float32              bfloat16
     heads                                        12/12   9/3   32/8    12/12   9/3   32/8
