@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from attntune.engines.kernel_comparison import KernelCase
 from attntune.errors import WorkloadError
@@ -18,14 +19,17 @@ LINEAR_ROWS = (64, 128, 512, 1024)
 GEMV_SIZES = (*LINEAR_SIZES, (8192, 2048), (32000, 768))
 LENGTHS = (64, 128, 197, 256, 512, 777, 1024, 2048, 4096)
 CACHE_LENGTHS = (512, 1024, 2048, 4096, 8192)
-DTYPES = ("float32", "bfloat16", "int8", "int4")
+DTYPES = ("float32", "bfloat16", "int8", "int4", "w4a8")
 
-#: Those that are of the weight alone, and its dtype.
-_WEIGHTS = {"int8": "int8", "int4": "uint4"}
+#: Those of linear layers' weights alone, or also of x as kernels quantise it: fields of the workload.
+_WEIGHTS: Mapping[str, Mapping[str, Any]] = {
+    "int8": {"weight_dtype": "int8"}, "int4": {"weight_dtype": "uint4"},
+    "w4a8": {"weight_dtype": "uint4", "x_dtype": "int8"},
+}  # fmt: skip
 
 
 def linear(target: Target, dtypes: Sequence[str]) -> Iterator[KernelCase]:
-    """Linear layers with a bias and constant weights: rows × in_features → out_features; int8 and int4 on float32 x."""
+    """Linear layers with a bias and constant weights: rows × in_features → out_features; quantised on float32 x."""
     for dtype in dtypes:
         for rows in LINEAR_ROWS:
             for out_features, in_features in LINEAR_SIZES:
@@ -88,8 +92,7 @@ def _linear(dtype: str, rows: int, in_features: int, out_features: int) -> Kerne
     return _case(
         dtype, f"{rows}×{in_features}→{out_features}",
         lambda: Linear(
-            rows, in_features, out_features, dtype="float32" if dtype in _WEIGHTS else dtype,
-            weight_dtype=_WEIGHTS.get(dtype, ""),
+            rows, in_features, out_features, dtype="float32" if dtype in _WEIGHTS else dtype, **_WEIGHTS.get(dtype, {})
         ),
     )  # fmt: skip
 

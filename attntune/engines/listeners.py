@@ -57,6 +57,13 @@ class AttntuneInt4Listener(AttntuneListener):
     precision: ClassVar[str] = "int4"
 
 
+class AttntuneW4A8Listener(AttntuneListener):
+    """The same with activations of 8 bits."""
+
+    title: ClassVar[str] = "attntune w4a8"
+    precision: ClassVar[str] = "w4a8"
+
+
 class CTranslate2Listener(Engine):
     """CTranslate2 on the directory itself."""
 
@@ -97,6 +104,7 @@ LISTENERS: dict[str, type[Engine]] = {
     "attntune-bf16": AttntuneBFloat16Listener,
     "attntune-int8": AttntuneInt8Listener,
     "attntune-int4": AttntuneInt4Listener,
+    "attntune-w4a8": AttntuneW4A8Listener,
     "ctranslate2": CTranslate2Listener,
     "ctranslate2-int8": CTranslate2Int8Listener,
 }

@@ -47,6 +47,7 @@ PARITY: Mapping[str, Parity] = {
     "bfloat16": Parity(min_cosine=0.999, max_norm_error=0.25),
     "int8": Parity(min_cosine=0.99, max_norm_error=0.25),
     "int4": Parity(min_cosine=0.95, max_norm_error=0.25),
+    "w4a8": Parity(min_cosine=0.95, max_norm_error=0.25),
 }
 
 

@@ -136,6 +136,13 @@ class AttntuneInt4Writer(AttntuneWriter):
     precision: ClassVar[str] = "int4"
 
 
+class AttntuneW4A8Writer(AttntuneWriter):
+    """The same with activations of 8 bits."""
+
+    title: ClassVar[str] = "attntune w4a8"
+    precision: ClassVar[str] = "w4a8"
+
+
 class PyTorchWriter(Writer):
     """PyTorch eager: SDPA over a preallocated cache that is written in place."""
 
@@ -226,6 +233,7 @@ WRITERS: dict[str, type[Writer]] = {
     "attntune-bf16": AttntuneBFloat16Writer,
     "attntune-int8": AttntuneInt8Writer,
     "attntune-int4": AttntuneInt4Writer,
+    "attntune-w4a8": AttntuneW4A8Writer,
     "pytorch": PyTorchWriter,
     "pytorch-bf16": PyTorchBFloat16Writer,
     "llama.cpp": LlamaCppWriter,

@@ -1,4 +1,4 @@
-"""Precision ``int4``: which weights are stored in 4 bits and which in 8, and the calls that read them."""
+"""Precisions ``int4`` and ``w4a8``: which weights are stored in 4 bits and which in 8, and the calls that read them."""
 
 from __future__ import annotations
 
@@ -71,18 +71,19 @@ def converted(model: Model, bits: Mapping[str, int]) -> dict[str, np.ndarray]:
     return weights
 
 
-def retyped(call: OpCall, bits: Mapping[str, int]) -> OpCall:
-    """``call`` of a float32 entry, reading its weight as it is stored."""
+def retyped(call: OpCall, bits: Mapping[str, int], activations: str) -> OpCall:
+    """``call`` of a float32 entry, reading its weight as it is stored; of a linear layer x as ``activations``."""
     if call.op not in _READERS or call.args[1] not in bits:
         return call
     x, weight, *others = call.args
     x_shape, (rows, width), *other_shapes = call.arg_shapes
     x_dtype, _, *other_dtypes = call.arg_dtypes
     groups = (rows, -(-int(width) // WEIGHT_GROUP))
+    quantised = {"x_dtype": activations} if activations and call.op == "linear" else {}
     return dataclasses.replace(
         call,
         args=(x, weight, weight + _SCALE, weight + _MINIMUM, *others),
         arg_shapes=(x_shape, (rows, width), groups, groups, *other_shapes),
         arg_dtypes=(x_dtype, "uint8", "float16", "float16", *other_dtypes),
-        attrs={**call.attrs, "weight_dtype": _DTYPES[bits[weight]]},
+        attrs={**call.attrs, "weight_dtype": _DTYPES[bits[weight]], **quantised},
     )

@@ -18,13 +18,17 @@ from attntune.target import Target
 if TYPE_CHECKING:
     from attntune.models.model import InputSpec, Model, OpCall
 
-PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4")
+PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4", "w4a8")
 
 #: Operators that can write float32 from operands of 16 bits, as a model's outputs are.
 _WIDENING = ("add_positions", "embedding", "layer_norm", "linear", "mean_pool", "rms_norm", "select_rows")
 #: Operators whose last two operands, where they have a ``style``, are cosines and sines: float32 at any precision.
 _ROTATING = ("rope", "kv_append")
 _SCALE = ":scale"
+#: What CPUs need for it, of 512 bits.
+_NEEDED = {"bfloat16": ("avx512bf16",), "int8": ("avx512bf16", "avx512vnni"), "w4a8": ("avx512vnni",)}
+#: Precisions that are float32 but for linear layers and embeddings, whose weights are quantised by groups.
+_BY_GROUPS = ("int4", "w4a8")
 #: Operators without kernels that multiply 16 bits.
 _FLOAT32_ONLY = ("additive_attention", "gru_sequence", "lstm_sequence")
 
@@ -33,8 +37,9 @@ def supported(precision: str, target: Target) -> tuple[str, str]:
     """The precision that ``target`` can run in place of the one asked for, and why (empty when it is that one).
 
     On CPUs bfloat16 needs AVX512-BF16; int8 needs that and AVX512-VNNI, for everything but its linear layers is
-    bfloat16; int4 is float32 but for the weights, and needs nothing; nothing multiplies float16. On CUDA, bfloat16 and
-    float16 are what tensor cores multiply, and quantised weights have no kernels.
+    bfloat16; int4 is float32 but for the weights, and needs nothing; w4a8 is that where AVX512-VNNI is missing; nothing
+    multiplies float16. On CUDA, bfloat16 and float16 are what tensor cores multiply, and quantised weights have no
+    kernels.
 
     Raises:
         ModelError: the precision is unknown.
@@ -42,17 +47,17 @@ def supported(precision: str, target: Target) -> tuple[str, str]:
     if precision not in PRECISIONS:
         raise ModelError(f"unknown precision {precision!r}; expected one of {PRECISIONS}")
     if target.kind == "cuda":
-        if precision in ("int8", "int4"):
+        if precision in ("int8", *_BY_GROUPS):
             return "bfloat16", f"no CUDA template multiplies quantised weights: bfloat16 instead of {precision}"
         return precision, ""
     if precision == "float16":
         return "float32", f"no template multiplies float16 on {target.name}: float32 instead of float16"
-    needed = {"float32": (), "int4": (), "bfloat16": ("avx512bf16",), "int8": ("avx512bf16", "avx512vnni")}[precision]
-    missing = [feature for feature in needed if not target.has(feature)]
-    if missing or (needed and target.vector_bits < 512):
+    missing = [feature for feature in _NEEDED.get(precision, ()) if not target.has(feature)]
+    if missing or (precision in _NEEDED and target.vector_bits < 512):
+        instead = "int4" if precision == "w4a8" else "float32"
         return (
-            "float32",
-            f"{target.name} lacks {', '.join(missing or ['512-bit vectors'])}: float32 instead of {precision}",
+            instead,
+            f"{target.name} lacks {', '.join(missing or ['512-bit vectors'])}: {instead} instead of {precision}",
         )
     return precision, ""
 
@@ -74,7 +79,7 @@ def fitting(
         ModelError: the precision is unknown.
     """
     found, reason = supported(precision, target)
-    if model is not None and found not in ("float32", "int4"):
+    if model is not None and found not in ("float32", *_BY_GROUPS):
         called = {call.op for entry in model.entries for call in model.calls(entry)}
         if only := sorted(called & set(_FLOAT32_ONLY)):
             found = "float32"
@@ -96,6 +101,7 @@ def at_precision(model: Model, precision: str) -> Model:
     ``int4``: float32, but for the weights of linear layers, of 4 bits with a scale and a minimum for 32 values of a
     row, and 8 bits where rounding costs more and for embeddings (:mod:`attntune.models.int4`). What a GGUF file holds
     as Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0 is kept exactly.
+    ``w4a8``: the same weights, multiplied with activations that the kernels quantise to 8 bits, 32 values at a time.
     """
     if precision == model.precision:
         return model
@@ -103,7 +109,7 @@ def at_precision(model: Model, precision: str) -> Model:
         raise ModelError(f"expected a float32 model to convert to {precision}, got one at {model.precision}")
     if precision not in PRECISIONS:
         raise ModelError(f"unknown precision {precision!r}; expected one of {PRECISIONS}")
-    if precision == "int4":
+    if precision in _BY_GROUPS:
         bits = int4.bits_of_weights(model)
         return dataclasses.replace(model, precision=precision, weights=int4.converted(model, bits), bits=bits)
     return dataclasses.replace(
@@ -142,13 +148,14 @@ def retyped(
 ) -> tuple[OpCall, ...]:
     """Operator calls of a float32 entry at ``precision``; ``inputs`` are float32 still, and ``outputs`` made so.
 
-    At int4, ``bits`` says which weights are quantised.
+    At int4 and w4a8, ``bits`` says which weights are quantised.
 
     Raises:
         ModelError: naming an operator that makes an output and cannot write float32 from 16 bits.
     """
-    if precision == "int4":
-        return tuple(int4.retyped(call, bits or {}) for call in calls)
+    if precision in _BY_GROUPS:
+        activations = "int8" if precision == "w4a8" else ""
+        return tuple(int4.retyped(call, bits or {}, activations) for call in calls)
     read = {arg for call in calls for arg in call.args}
     found = []
     for call in calls:

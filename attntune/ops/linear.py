@@ -50,8 +50,9 @@ class Linear(Workload):
     The sum of integer products is exact within a group; those of the groups are scaled and added in float32. (One scale
     for a whole row costs SmolLM2-135M 4.5 % of perplexity, for 64 values 1 %: a few features are large in every row.)
 
-    With ``weight_dtype="uint4"`` or ``"uint8"`` x stays as it is, and the weight is quantised by groups, as
-    :mod:`attntune.ops.grouped` has it: scale and minimum (rows of weight, groups) float16, constant, follow the weight.
+    With ``weight_dtype="uint4"`` or ``"uint8"`` the weight is quantised by groups, as :mod:`attntune.ops.grouped` has
+    it: scale and minimum (rows of weight, groups) float16, constant, follow the weight. x stays as it is; or, with
+    ``x_dtype="int8"``, is quantised as above, every :data:`attntune.ops.grouped.WEIGHT_GROUP` values.
 
     With ``seq``, the rows are those of sequences padded to seq positions, and lengths (rows/seq,) int32, the last
     operand, says where each ends: rows from there on are not computed, whatever x holds in them, and are zero in y.
@@ -69,6 +70,8 @@ class Linear(Workload):
     gated: bool = False
     weight_dtype: str = ""
     """``""`` means ``dtype``; or ``"int8"``, ``"uint4"`` or ``"uint8"``."""
+    x_dtype: str = ""
+    """``"int8"``: x is quantised by the groups of a weight that is quantised by groups."""
     out_dtype: str = ""
     """Of y; ``""`` means ``dtype``."""
     seq: int = 0
@@ -79,6 +82,7 @@ class Linear(Workload):
         one_of(self.op, "activation", self.activation, ACTIVATIONS)
         one_of(self.op, "dtype", self.dtype, FLOAT_DTYPES)
         one_of(self.op, "weight_dtype", self.weight_dtype, ("", "int8", *GROUPED))
+        one_of(self.op, "x_dtype", self.x_dtype, ("", "int8"))
         one_of(self.op, "out_dtype", self.out_dtype, ("", *FLOAT_DTYPES))
         require(
             self.seq >= 0 and (self.seq == 0 or self.rows % self.seq == 0),
@@ -87,6 +91,11 @@ class Linear(Workload):
         require(
             not self.grouped or self.dtype == "float32",
             f"linear: expected dtype float32 with {self.weight_dtype} weights, got {self.dtype}",
+        )
+        require(
+            self.grouped or not self.x_dtype,
+            f"linear: expected weights of {' or '.join(GROUPED)} with x_dtype {self.x_dtype!r}, "
+            f"got {self.weight_dtype or self.dtype}",
         )
         if self.out_dtype == self.dtype:
             object.__setattr__(self, "out_dtype", "")
@@ -115,6 +124,7 @@ class Linear(Workload):
             dtype=x.dtype,
             gated=gated,
             weight_dtype="int8" if weight.dtype == "int8" else str(attrs.get("weight_dtype", "")),
+            x_dtype=str(attrs.get("x_dtype", "")),
             out_dtype=str(attrs.get("out_dtype", "")),
             seq=x.shape[1] if attrs.get("lengths") else 0,
         )
@@ -142,12 +152,17 @@ class Linear(Workload):
     @property
     def compute_dtype(self) -> str:
         """See :class:`Workload`."""
-        return "int8" if self.quantized else self.dtype
+        return "int8" if self.quantized or self.x_dtype else self.dtype
+
+    @property
+    def x_group(self) -> int:
+        """Consecutive values of a row of quantised x that share one scale."""
+        return WEIGHT_GROUP if self.grouped else INT8_GROUP
 
     @property
     def groups(self) -> int:
         """Scales of a row of quantised x."""
-        return math.ceil(self.in_features / INT8_GROUP)
+        return math.ceil(self.in_features / self.x_group)
 
     def inputs(self) -> tuple[TensorSpec, ...]:
         """X and weight (a byte an element, whatever its bits), then what of scale … lengths the variant has."""
@@ -201,8 +216,9 @@ class Linear(Workload):
                 )
                 return value * scale + minimum
 
+            rounded = self._rounded(x) if self.x_dtype else x
             sums = te.compute(
-                shape, lambda i, j: te.sum(x[i, k].astype("float32") * element(j, k), axis=k), name="matmul"
+                shape, lambda i, j: te.sum(rounded[i, k].astype("float32") * element(j, k), axis=k), name="matmul"
             )
 
             def product(i: Any, j: Any) -> Any:
@@ -226,37 +242,58 @@ class Linear(Workload):
 
         return [*operand.values(), te.compute((self.rows, self.out_features), epilogue, name="y")]
 
-    def _sums_by_group(self, x: Any, weight: Any) -> Any:
-        """Stage ``matmul`` (rows, weight_rows) float32: x quantised by groups, times the weight as integers."""
+    def _quantized_groups(self, x: Any) -> tuple[Any, Any]:
+        """X as integers (rows, groups, x_group) int8, and what a unit of each group is worth (rows, groups) float32."""
         from tvm import te, tirx
 
-        def inside(g: Any, k: Any, value: Any) -> Any:
-            """``value``; 0 past the end of the last group."""
-            if self.in_features % INT8_GROUP == 0:
-                return value
-            return tirx.if_then_else(g * INT8_GROUP + k < self.in_features, value, tirx.const(0, value.ty.dtype))
-
         def element(i: Any, g: Any, k: Any) -> Any:
-            return inside(g, k, x[i, g * INT8_GROUP + k].astype("float32"))
+            return self._inside(g, k, x[i, g * self.x_group + k].astype("float32"))
 
         limit, tiny = tirx.const(float(INT8_MAX), "float32"), tirx.const(1e-30, "float32")
         shape = (self.rows, self.groups)
-        within = te.reduce_axis((0, INT8_GROUP), name="k_max")
+        within = te.reduce_axis((0, self.x_group), name="k_max")
         top = te.compute(shape, lambda i, g: te.max(tirx.abs(element(i, g, within)), axis=within), name="top")
         quantized = te.compute(
-            (*shape, INT8_GROUP),
+            (*shape, self.x_group),
             lambda i, g, k: tirx.nearbyint(element(i, g, k) * (limit / te.max(top[i, g], tiny))).astype("int8"),
             name="quantized",
         )
-        k = te.reduce_axis((0, INT8_GROUP), name="k")
-        exact = te.compute(
-            (self.rows, self.weight_rows, self.groups),
-            lambda i, j, g: te.sum(
-                quantized[i, g, k].astype("int32") * inside(g, k, weight[j, g * INT8_GROUP + k].astype("int32")), axis=k
-            ),
-            name="exact",
-        )
         step = te.compute(shape, lambda i, g: top[i, g] * tirx.const(1.0 / INT8_MAX, "float32"), name="step")
+        return quantized, step
+
+    def _inside(self, g: Any, k: Any, value: Any) -> Any:
+        """``value`` of element ``k`` of group ``g``; 0 past the end of the last group."""
+        from tvm import tirx
+
+        if self.in_features % self.x_group == 0:
+            return value
+        return tirx.if_then_else(g * self.x_group + k < self.in_features, value, tirx.const(0, value.ty.dtype))
+
+    def _rounded(self, x: Any) -> Any:
+        """Stage ``rounded`` (rows, in_features) float32: what x is worth once it is quantised."""
+        from tvm import te
+
+        quantized, step = self._quantized_groups(x)
+        return te.compute(
+            (self.rows, self.in_features),
+            lambda i, k: (
+                quantized[i, k // self.x_group, k % self.x_group].astype("float32") * step[i, k // self.x_group]
+            ),
+            name="rounded",
+        )
+
+    def _sums_by_group(self, x: Any, weight: Any) -> Any:
+        """Stage ``matmul`` (rows, weight_rows) float32: x quantised by groups, times the weight as integers."""
+        from tvm import te
+
+        quantized, step = self._quantized_groups(x)
+        k = te.reduce_axis((0, self.x_group), name="k")
+
+        def product(i: Any, j: Any, g: Any) -> Any:
+            column = weight[j, g * self.x_group + k].astype("int32")
+            return te.sum(quantized[i, g, k].astype("int32") * self._inside(g, k, column), axis=k)
+
+        exact = te.compute((self.rows, self.weight_rows, self.groups), product, name="exact")
         g = te.reduce_axis((0, self.groups), name="g")
         return te.compute(
             (self.rows, self.weight_rows),
@@ -268,8 +305,10 @@ class Linear(Workload):
         """Float64 NumPy; the quantisation of x in float32, as the definition has it."""
         operand = dict(zip((spec.name for spec in self.inputs()), inputs, strict=True))
         x, weight = np.asarray(operand["x"], np.float64), np.asarray(operand["weight"], np.float64)
+        if self.quantized or self.x_dtype:
+            x = dequantized(x, self.x_group)
         if self.quantized:
-            x, weight = dequantized(x), weight * np.asarray(operand["scale"], np.float64)[:, None]
+            weight = weight * np.asarray(operand["scale"], np.float64)[:, None]
         if self.grouped:
             weight = ungrouped(weight, operand["scale"], operand["minimum"])
         y = x @ weight.T
@@ -340,10 +379,10 @@ def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(values / scale[:, None]).astype(np.int8), scale.astype(np.float32)
 
 
-def dequantized(x: np.ndarray) -> np.ndarray:
-    """X (rows, in_features) after symmetric int8 quantisation by groups of :data:`INT8_GROUP`, in float64."""
+def dequantized(x: np.ndarray, group: int = INT8_GROUP) -> np.ndarray:
+    """X (rows, in_features) after symmetric int8 quantisation by groups of so many values, in float64."""
     rows, width = x.shape
-    groups = np.zeros((rows, math.ceil(width / INT8_GROUP), INT8_GROUP), np.float32)
+    groups = np.zeros((rows, math.ceil(width / group), group), np.float32)
     groups.reshape(rows, -1)[:, :width] = x
     top = np.abs(groups).max(axis=2, keepdims=True)
     quantized = np.rint(groups * (np.float32(INT8_MAX) / np.maximum(top, np.float32(1e-30))))

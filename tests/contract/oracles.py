@@ -33,22 +33,28 @@ def ungrouped(weight, scale, minimum):
     return weight * next(wide) + next(wide)
 
 
+def rounded(x, width):
+    """X with one scale of 127 steps for so many values of a row, in float32 as the definition has it."""
+    import torch
+
+    exact = []
+    for group in x.float().split(width, dim=1):
+        top = group.abs().amax(1, keepdim=True)
+        whole = torch.round(group * (torch.full_like(top, 127) / top)).double()
+        exact.append(whole * (top * torch.tensor(1 / 127)).double())
+    return torch.cat(exact, dim=1)
+
+
 def linear(w: Linear, x, weight, *rest):
     from torch.nn import functional as F
 
     rest = list(rest)
     lengths = rest.pop() if w.seq else None
     if w.quantized:
-        import torch
-
         weight = weight * rest.pop(0)[:, None]
-        # One scale for every 64 values of a row of x, in float32 as the definition has it.
-        exact = []
-        for group in x.float().split(64, dim=1):
-            top = group.abs().amax(1, keepdim=True)
-            whole = torch.round(group * (torch.full_like(top, 127) / top)).double()
-            exact.append(whole * (top * torch.tensor(1 / 127)).double())
-        x = torch.cat(exact, dim=1)
+        x = rounded(x, 64)
+    if w.x_dtype:
+        x = rounded(x, 32)
     if w.grouped:
         weight = ungrouped(weight, rest.pop(0), rest.pop(0))
     y = F.linear(x, weight, rest.pop(0) if w.bias else None)

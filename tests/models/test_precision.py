@@ -21,7 +21,7 @@ from attntune.tuner import tune
 
 SHAPES = [{"batch": 1, "seq": 32}, {"batch": 4, "seq": 64}]
 TINY = BertConfig(50, 32, 2, 2, 64, 16, 2, "gelu", 1e-12)
-COSINE = {"bfloat16": 0.999, "int8": 0.99, "int4": 0.97}
+COSINE = {"bfloat16": 0.999, "int8": 0.99, "int4": 0.97, "w4a8": 0.97}
 
 
 class Refusing(Runner):
@@ -70,9 +70,9 @@ def test_the_manifest_says_so(lower, minilm):
         for name, dtype in stored.items()
         if "feed_forward.up.weight:" in name and not {"scale", "minimum"} & set(name.split(":"))
     }
-    assert kinds == {{"bfloat16": "bfloat16", "int8": "uint8", "int4": "int32"}[precision]}
+    assert kinds == {{"bfloat16": "bfloat16", "int8": "uint8", "int4": "int32", "w4a8": "int32"}[precision]}
     assert stored[next(name for name in stored if name.startswith("embeddings.word"))] == (
-        "float32" if precision == "int4" else "bfloat16"
+        "float32" if precision in ("int4", "w4a8") else "bfloat16"
     )
 
 
@@ -80,7 +80,7 @@ def test_weights_take_less_room(lower, minilm):
     precision, model = lower
     floats = sum(values.nbytes for values in minilm.weights.values())
     size = (model.folder / "weights.bin").stat().st_size
-    assert size < {"bfloat16": 0.51, "int8": 0.45, "int4": 0.63}[precision] * floats
+    assert size < {"bfloat16": 0.51, "int8": 0.45, "int4": 0.63, "w4a8": 0.63}[precision] * floats
 
 
 def test_a_cpu_without_the_instructions_compiles_float32_and_is_told():
@@ -90,6 +90,24 @@ def test_a_cpu_without_the_instructions_compiles_float32_and_is_told():
     )
     assert artifact.manifest["precision"] == "float32"
     assert lines[0] == "x86-64-v3 lacks avx512bf16: float32 instead of bfloat16"
+
+
+def test_activations_stay_as_they_are_where_a_cpu_has_no_instructions_for_8_bits():
+    assert supported("w4a8", PRESETS["x86-64-v3"]) == ("int4", "x86-64-v3 lacks avx512vnni: int4 instead of w4a8")
+    assert supported("w4a8", PRESETS["znver4"]) == ("w4a8", "")
+    lines = []
+    artifact = attntune.compile(
+        tiny_bert(), shapes=[(1, 8)], target="x86-64-v3", precision="w4a8", on_progress=lines.append
+    )
+    assert artifact.manifest["precision"] == "int4"
+    assert lines[0] == "x86-64-v3 lacks avx512vnni: int4 instead of w4a8"
+
+
+def test_linear_layers_alone_quantise_what_they_read():
+    lower = at_precision(tiny_bert(), "w4a8")
+    calls = [call for entry in lower.entries for call in lower.calls(entry)]
+    assert {call.attrs.get("x_dtype") for call in calls if call.op == "linear"} == {"int8"}
+    assert {call.attrs.get("x_dtype") for call in calls if call.op != "linear"} == {None}
 
 
 def test_without_progress_it_is_a_warning():
@@ -153,10 +171,8 @@ def test_tuning_a_workload_takes_no_precision():
 
 
 def test_only_known_precisions():
-    with pytest.raises(
-        ModelError,
-        match=r"unknown precision 'float8'; expected one of \('float32', 'bfloat16', 'float16', 'int8', 'int4'\)",
-    ):
+    known = r"\('float32', 'bfloat16', 'float16', 'int8', 'int4', 'w4a8'\)"
+    with pytest.raises(ModelError, match=f"unknown precision 'float8'; expected one of {known}"):
         supported("float8", PRESETS["znver4"])
     model = at_precision(tiny_bert(), "bfloat16")
     with pytest.raises(ModelError, match="expected a float32 model to convert to int8, got one at bfloat16"):

@@ -1,5 +1,6 @@
 """GGUF: SmolLM2-135M-Instruct, where its package is installed."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -202,13 +203,15 @@ def perplexity_in_float32(smollm2_model, licence_ids):
     return scored(smollm2_model, licence_ids, "float32")[1]
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 0.02), ("int8", 0.02), ("int4", 1e-4)])
+@pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 0.02), ("int8", 0.02), ("int4", 1e-4), ("w4a8", 0.01)])
 def test_smollm2s_perplexity_at_lower_precisions(
     request, smollm2_model, licence_ids, perplexity_in_float32, precision, bound
 ):
     if (reason := supported(precision, native())[1]) != "":
         pytest.skip(reason)
-    model = request.getfixturevalue("smollm2_at_int4") if precision == "int4" else smollm2_model
+    model = smollm2_model
+    if precision in ("int4", "w4a8"):
+        model = dataclasses.replace(request.getfixturevalue("smollm2_at_int4"), precision=precision)
     tuned, found = scored(model, licence_ids, precision)
     logits = torch.from_numpy(tuned(input_ids=licence_ids))[0, :-1]
     loss = torch.nn.functional.cross_entropy(logits.double(), torch.from_numpy(licence_ids)[0, 1:])

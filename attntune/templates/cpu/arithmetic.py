@@ -104,11 +104,7 @@ class Int8(Arithmetic):
 
     def multiply_add(self, acc: Any, x: Any, weight: Any) -> Any:
         """See :class:`Arithmetic`."""
-        from tvm import tirx
-        from tvm.tirx.script.builder import ir as T
-
-        unsigned, signed = tirx.reinterpret("int8x64", weight), tirx.reinterpret("int8x64", x)
-        return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", acc, unsigned, signed)
+        return _vpdpbusd(acc, weight, x)
 
     def pack(self, panels: np.ndarray) -> np.ndarray:
         """See :class:`Arithmetic`; values come out unsigned."""
@@ -133,7 +129,7 @@ class Grouped(Arithmetic):
 
     def supports(self, w: Linear, target: Target) -> bool:
         """See :class:`Arithmetic`."""
-        return w.weight_dtype == self.dtype
+        return w.weight_dtype == self.dtype and not w.x_dtype
 
     def steps(self, w: Linear) -> int:
         """See :class:`Arithmetic`; whole groups of the weight's scales."""
@@ -186,7 +182,59 @@ class Grouped(Arithmetic):
         return np.ascontiguousarray(words.transpose(0, 2, 1)).view(np.int32)
 
 
-ARITHMETICS: tuple[Arithmetic, ...] = (Float32(), Bfloat16(), Int8(), *map(Grouped, GROUPED))
+class GroupedBytes(Grouped):
+    """``vpdpbusd`` on a weight of 4 or 8 bits and x of int8: exact int32 sums within a group of the weight.
+
+    A word of 4 bits holds two quadruples: one in the lower halves of its bytes, the next in the upper ones.
+    """
+
+    accumulator = "int32"
+
+    def supports(self, w: Linear, target: Target) -> bool:
+        """See :class:`Arithmetic`."""
+        wide = target.has("avx512vnni") and target.vector_bits == 512
+        return w.weight_dtype == self.dtype and w.x_dtype == "int8" and wide
+
+    def multiply_add(self, acc: Any, x: Any, weight: Any) -> Any:
+        """See :class:`Arithmetic`; of one of the :meth:`quadruples`."""
+        return _vpdpbusd(acc, weight, x)
+
+    def quadruples(self, words: Any, lanes: int) -> list[Any]:
+        """What ``words`` hold, in the order of x: vectors of four unsigned bytes a lane."""
+        from tvm import tirx
+
+        if self.bits == 8:
+            return [words]
+
+        def spread(value: int) -> Any:
+            return tirx.Broadcast(tirx.const(value, "int32"), lanes)
+
+        half = spread(0x0F0F0F0F)
+        return [words & half, (words >> spread(4)) & half]
+
+    def pack(self, panels: np.ndarray) -> np.ndarray:
+        """See :class:`Grouped`."""
+        count, lanes, width = panels.shape
+        if self.bits == 8:
+            packed = np.ascontiguousarray(panels)
+        else:
+            lower, upper = np.moveaxis(panels.reshape(count, lanes, width // 8, 2, 4), 3, 0)
+            packed = (lower | upper << np.uint8(4)).reshape(count, lanes, width // 2)
+        return np.ascontiguousarray(packed.view(np.int32).transpose(0, 2, 1))
+
+
+def _vpdpbusd(acc: Any, unsigned: Any, signed: Any) -> Any:
+    """``acc + Σ unsigned · signed`` over the four bytes of each of 16 words."""
+    from tvm import tirx
+    from tvm.tirx.script.builder import ir as T
+
+    a, b = tirx.reinterpret("int8x64", unsigned), tirx.reinterpret("int8x64", signed)
+    return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", acc, a, b)
+
+
+ARITHMETICS: tuple[Arithmetic, ...] = (
+    Float32(), Bfloat16(), Int8(), *map(Grouped, GROUPED), *map(GroupedBytes, GROUPED),
+)  # fmt: skip
 
 
 def arithmetic_for(w: Linear, target: Target) -> Arithmetic | None:

@@ -84,6 +84,7 @@ from attntune.templates.cpu.linear_cost import (
     LATENCY,
     amx_order_cost,
     amx_step_cost,
+    bytes_step_cost,
     pieces,
     row_order_cost,
     step_cost,
@@ -94,7 +95,7 @@ from attntune.templates.cpu.linear_grouped_kernel import (
     GroupedLinearKernel,
     UnpackedLinearKernel,
 )
-from attntune.templates.cpu.linear_int8_kernel import Int8LinearKernel
+from attntune.templates.cpu.linear_int8_kernel import GroupedBytesLinearKernel, Int8LinearKernel
 from attntune.templates.cpu.linear_kernel import FEW_ROWS, LinearKernel
 from attntune.templates.cpu.linear_widened_kernel import WidenedLinearKernel
 from attntune.templates.cpu.vectors import asks_ahead
@@ -140,7 +141,7 @@ class LinearCPU(ScheduleTemplate):
         if w.rows <= FEW_ROWS:
             knobs.append(Knob("apart", (False, True)))
         if w.grouped:
-            knobs.append(Knob("unpack", (False, True) if w.rows > 1 else (False,)))
+            knobs.append(Knob("unpack", (False, True) if w.rows > 1 and not w.x_dtype else (False,)))
         elif w.dtype == "bfloat16" and not w.quantized:
             knobs.append(Knob("widen", (False, True) if w.rows > FEW_ROWS else (False,)))
         knobs.append(Knob("prefetch", (0, _AHEAD if w.rows > FEW_ROWS else _FAR_AHEAD)))
@@ -157,8 +158,9 @@ class LinearCPU(ScheduleTemplate):
                 whole = (rows % amx.ROWS == 0 or rows == w.rows) and block % rows == 0 and not (w.seq and block)
                 apart = vectors > parts or not config.get("apart", False)
                 return plain and whole and apart and amx.fits(rows, vectors)
-            # One register is left for what is broadcast; a tile that fills them all spills in the inner loop.
-            in_registers = sums + vectors < target.vector_registers
+            # One register is left for what is broadcast; a tile that fills them all spills in the inner loop. Groups of
+            # 32 are added up as integers, then in float32, often enough that both sums are held.
+            in_registers = sums * (2 if w.x_dtype else 1) + vectors < target.vector_registers
             useful = chains == 1 or rows * vectors * chains <= 2 * LATENCY
             block = config.integer("row_block")
             whole_tiles = (
@@ -202,7 +204,10 @@ class LinearCPU(ScheduleTemplate):
                 unrolling = 1.0 + 0.01 * abs(unrolled - 1)
                 order = amx_order_cost(w, config, target)
                 return column * imbalance * tails * unrolling * streams * order, config.key()
-            column = sum(step_cost(h, width, chains, target) * times for h, width, times in tiles)
+            if w.x_dtype:
+                column = sum(bytes_step_cost(h, width, target) * times for h, width, times in tiles)
+            else:
+                column = sum(step_cost(h, width, chains, target) * times for h, width, times in tiles)
             unrolling = 1.0 + 0.01 * abs(unrolled - (4 if w.rows > 1 else 8))
             if w.activation not in ("", "relu") and vectors < 4 and w.rows > LATENCY and target.fmas_per_cycle < 2:
                 # Short rows leave the activation's loop few vectors to overlap: on Zen 4, 8×3 was 7 % slower than 4×4
@@ -213,7 +218,7 @@ class LinearCPU(ScheduleTemplate):
                 order *= 2.0
             if bool(config["prefetch"]) != _asks_ahead(w, target):
                 order *= 1.01
-            if w.grouped and config["unpack"] != (w.rows > _UNPACKED_ROWS):
+            if w.grouped and config["unpack"] != (w.rows > _UNPACKED_ROWS and not w.x_dtype):
                 order *= 2.0
             return column * imbalance * tails * unrolling * streams * order, config.key()
 
@@ -310,6 +315,8 @@ def _kernel(w: Linear, target: Target, config: Config) -> type[LinearKernel]:
     """What writes a layer's kernel."""
     if w.quantized:
         return Int8LinearKernel
+    if w.x_dtype:
+        return GroupedBytesLinearKernel
     if w.grouped:
         if config["unpack"]:
             return UnpackedLinearKernel
@@ -329,7 +336,12 @@ def _in_amx_tiles(w: Linear, target: Target) -> bool:
 
 
 def _asks_ahead(w: Linear, target: Target) -> bool:
-    """Whether panels are asked for before they are multiplied; one row of float32 is read as fast without."""
+    """Whether panels are asked for before they are multiplied.
+
+    One row of float32 is read as fast without, and many of 8 bits wait for nothing.
+    """
+    if w.x_dtype and w.rows > FEW_ROWS:
+        return False
     return asks_ahead(target) and (w.rows > 1 or _arithmetic(w, target).bits < 32)
 
 

@@ -60,6 +60,17 @@ def step_cost(rows: int, vectors: int, chains: int, target: Target) -> float:
     return (max(multiply_adds, started, LATENCY / chains) + 0.05 * loads + panel) * (1.15 if crowded else 1.0)
 
 
+def bytes_step_cost(rows: int, vectors: int, target: Target) -> float:
+    """Instructions, relative, of one word of 4-bit weights a lane, x in 8 bits.
+
+    Two products an element of the tile, and its share of what a group's sums take in float32; unpacking and the group's
+    scales, once a vector; loads of x. (2 cores of Emerald Rapids, 512×576→960, GFLOP/s: 519 with 5×2, 505 with 6×3,
+    497 with 6×2, 408 with 8×1.)
+    """
+    crowded = (2 * rows * vectors + vectors) / target.vector_registers > 0.75
+    return (3.0 * rows * vectors + 4.5 * vectors + 1.5 * rows) * (1.15 if crowded else 1.0)
+
+
 def amx_step_cost(rows: int, panels: int) -> float:
     """Cycles, relative, of one reduction step of a block of AMX tiles: a product takes 16, loading a tile 8."""
     across = math.ceil(rows / amx.ROWS)
