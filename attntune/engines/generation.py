@@ -92,7 +92,7 @@ def compare_writers(
     return {
         "prompt_tokens": {label: len(prompt) for label, prompt in prompts.items()},
         "new_tokens": count,
-        "writers": {name: {"title": e.title, "precision": e.precision} for name, e in engines.items()},
+        "writers": {name: {"title": e.shown(), "precision": e.precision} for name, e in engines.items()},
         "samples": samples,
         "tokens": tokens,
         "left_out": left_out,

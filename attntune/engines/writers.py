@@ -13,6 +13,7 @@ import numpy as np
 
 from attntune.engines.engine import OPENMP_ENV
 from attntune.errors import EngineError
+from attntune.host import host_features
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Engine(ABC):
         """Why it cannot run here, or None."""
         missing = cls.package and find_spec(cls.package) is None
         return f"package {cls.package} is not installed" if missing else None
+
+    @classmethod
+    def shown(cls) -> str:
+        """Its title, with what is unusual about it on this machine."""
+        return cls.title
 
     @abstractmethod
     def load(self, source: WriterSource, threads: int) -> None:
@@ -206,10 +212,28 @@ class LlamaCppWriter(Writer):
     precision: ClassVar[str] = "stored"
     package: ClassVar[str] = "llama_cpp"
 
+    @classmethod
+    def shown(cls) -> str:
+        """See :meth:`load`."""
+        return f"{cls.title} without AMX" if "amx-tile" in host_features() else cls.title
+
     def load(self, source: WriterSource, threads: int) -> None:
-        """Read the file."""
+        """Read the file.
+
+        Products by AMX end llama_cpp's process with an illegal instruction (0.3.36, Emerald Rapids); it goes without.
+        """
+        import llama_cpp
         from llama_cpp import Llama
 
+        if "amx-tile" in host_features():
+            defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+            def without_amx() -> Any:
+                params = defaults()
+                params.use_extra_bufts = False
+                return params
+
+            llama_cpp.llama_cpp.llama_model_default_params = without_amx
         self._model = Llama(
             source.path, n_ctx=source.context, n_batch=source.context, n_threads=threads, n_threads_batch=threads,
             verbose=False,
