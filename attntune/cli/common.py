@@ -26,7 +26,11 @@ TargetOption = Annotated[
 ]
 DatabaseOption = Annotated[Path | None, typer.Option(help="Tuning records, a JSON-lines file.")]
 PrecisionOption = Annotated[
-    str, typer.Option(help="float32, bfloat16, int8 (weights; the rest bfloat16) or int4 (weights; the rest float32).")
+    str,
+    typer.Option(
+        help="float32, bfloat16, int8 (weights; the rest bfloat16), int4 (weights; the rest float32) or w4a8 (and "
+        "activations of linear layers in 8 bits)."
+    ),
 ]
 _SHAPES = typer.Option(
     help="Batch x sequence length, of an encoder-decoder batch x source length x target length, separated by commas: "

@@ -55,7 +55,7 @@ class Engine(ABC):
     tunes: ClassVar[bool] = False
     """Whether it spends ``source.tuning_secs`` on every shape; such an engine runs only when it is named."""
     precision: str = FLOAT32
-    """What it multiplies in: ``float32``, ``bfloat16``, ``int8`` or ``int4``. Sets the parity that is asked of it and
+    """What it multiplies in: ``float32``, ``bfloat16``, ``int8``, ``int4`` or ``w4a8``. Sets the parity asked of it and
     the engines that it is compared with; ``load`` may change it."""
 
     @classmethod

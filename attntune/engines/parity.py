@@ -40,7 +40,7 @@ class Parity:
 
 #: Demands by precision; a comparison's ``tolerance`` replaces float32's. The limit on the norm only has to catch a
 #: result that is wrong by a factor: rounding moved the worst row of the engines measured by 2 to 4 %. Not every model
-#: meets int4's: of 8×128 random tokens, all-MiniLM-L6-v2's worst is off by 54 % (cosine 0.954), and counts as wrong.
+#: meets that of 4 bits: of 8×128 random tokens, all-MiniLM-L6-v2's worst is off by 54 % (cosine 0.954): wrong.
 PARITY: Mapping[str, Parity] = {
     FLOAT32: Parity(max_abs_error=1e-4),
     "float16": Parity(min_cosine=0.999, max_norm_error=0.25),

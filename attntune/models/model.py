@@ -147,8 +147,8 @@ class Model:
     precision: str = "float32"
     """What it computes in; see :mod:`attntune.models.precision`."""
     bits: Mapping[str, int] = field(default_factory=dict)
-    """Bits by name of weights that their file holds quantised, so many that int4 finds what it holds again; at int4, of
-    every weight that is quantised."""
+    """Bits by name of weights that their file holds quantised, so many that int4 finds what it holds again; at int4 and
+    w4a8, of every weight that is quantised."""
     default_dims: Mapping[str, int] = field(default_factory=dict)
     """Values of symbolic dimensions where a shape leaves them out, such as the capacity ``context`` of a cache."""
     shapes: tuple[Mapping[str, int], ...] = ()

@@ -25,8 +25,8 @@ _WIDENING = ("add_positions", "embedding", "layer_norm", "linear", "mean_pool", 
 #: Operators whose last two operands, where they have a ``style``, are cosines and sines: float32 at any precision.
 _ROTATING = ("rope", "kv_append")
 _SCALE = ":scale"
-#: What CPUs need for it, of 512 bits.
-_NEEDED = {"bfloat16": ("avx512bf16",), "int8": ("avx512bf16", "avx512vnni"), "w4a8": ("avx512vnni",)}
+#: What CPUs need for it; of 512 bits, but for w4a8.
+_NEEDED = {"bfloat16": ("avx512bf16",), "int8": ("avx512bf16", "avx512vnni"), "w4a8": ("avx2",)}
 #: Precisions that are float32 but for linear layers and embeddings, whose weights are quantised by groups.
 _BY_GROUPS = ("int4", "w4a8")
 #: Operators without kernels that multiply 16 bits.
@@ -37,7 +37,7 @@ def supported(precision: str, target: Target) -> tuple[str, str]:
     """The precision that ``target`` can run in place of the one asked for, and why (empty when it is that one).
 
     On CPUs bfloat16 needs AVX512-BF16; int8 needs that and AVX512-VNNI, for everything but its linear layers is
-    bfloat16; int4 is float32 but for the weights, and needs nothing; w4a8 is that where AVX512-VNNI is missing; nothing
+    bfloat16; int4 is float32 but for the weights, and needs nothing; w4a8 is that where there is no AVX2; nothing
     multiplies float16. On CUDA, bfloat16 and float16 are what tensor cores multiply, and quantised weights have no
     kernels.
 
@@ -53,8 +53,8 @@ def supported(precision: str, target: Target) -> tuple[str, str]:
     if precision == "float16":
         return "float32", f"no template multiplies float16 on {target.name}: float32 instead of float16"
     missing = [feature for feature in _NEEDED.get(precision, ()) if not target.has(feature)]
-    if missing or (precision in _NEEDED and target.vector_bits < 512):
-        instead = "int4" if precision == "w4a8" else "float32"
+    instead = "int4" if precision == "w4a8" else "float32"
+    if missing or (precision in _NEEDED and instead == "float32" and target.vector_bits < 512):
         return (
             instead,
             f"{target.name} lacks {', '.join(missing or ['512-bit vectors'])}: {instead} instead of {precision}",

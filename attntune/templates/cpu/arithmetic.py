@@ -16,13 +16,14 @@ from attntune.ops.grouped import GROUPED, WEIGHT_GROUP
 from attntune.ops.linear import Linear
 from attntune.target import Target
 from attntune.templates.cpu import bf16
+from attntune.templates.cpu.products import byte_product, multiplies_bytes
 
 #: Added to an int8 weight to make it the unsigned operand of ``vpdpbusd``; the kernel subtracts what it adds to a sum.
 INT8_OFFSET = 128
 
 
 class Arithmetic(ABC):
-    """One way to multiply; stateless."""
+    """One way to multiply; stateless, but for the target whose instructions it takes."""
 
     group: ClassVar[int]
     """Reduction steps that one instruction takes."""
@@ -36,6 +37,10 @@ class Arithmetic(ABC):
     @abstractmethod
     def supports(self, w: Linear, target: Target) -> bool:
         """Whether it computes this workload with the instructions ``target`` has."""
+
+    def on(self, target: Target) -> Arithmetic:
+        """The same with the instructions of ``target``, where they differ."""
+        return self
 
     def steps(self, w: Linear) -> int:
         """Vectors of a panel."""
@@ -104,7 +109,11 @@ class Int8(Arithmetic):
 
     def multiply_add(self, acc: Any, x: Any, weight: Any) -> Any:
         """See :class:`Arithmetic`."""
-        return _vpdpbusd(acc, weight, x)
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        unsigned, signed = tirx.reinterpret("int8x64", weight), tirx.reinterpret("int8x64", x)
+        return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", acc, unsigned, signed)
 
     def pack(self, panels: np.ndarray) -> np.ndarray:
         """See :class:`Arithmetic`; values come out unsigned."""
@@ -183,21 +192,29 @@ class Grouped(Arithmetic):
 
 
 class GroupedBytes(Grouped):
-    """``vpdpbusd`` on a weight of 4 or 8 bits and x of int8: exact int32 sums within a group of the weight.
+    """Products of bytes of a weight of 4 or 8 bits and x of int8: exact int32 sums within a group of the weight.
 
     A word of 4 bits holds two quadruples: one in the lower halves of its bytes, the next in the upper ones.
     """
 
     accumulator = "int32"
 
+    def __init__(self, dtype: str, target: Target | None = None) -> None:
+        super().__init__(dtype)
+        self.target = target
+
     def supports(self, w: Linear, target: Target) -> bool:
         """See :class:`Arithmetic`."""
-        wide = target.has("avx512vnni") and target.vector_bits == 512
-        return w.weight_dtype == self.dtype and w.x_dtype == "int8" and wide
+        return w.weight_dtype == self.dtype and w.x_dtype == "int8" and multiplies_bytes(target)
+
+    def on(self, target: Target) -> Arithmetic:
+        """See :class:`Arithmetic`."""
+        return GroupedBytes(self.dtype, target)
 
     def multiply_add(self, acc: Any, x: Any, weight: Any) -> Any:
         """See :class:`Arithmetic`; of one of the :meth:`quadruples`."""
-        return _vpdpbusd(acc, weight, x)
+        assert self.target is not None, "expected arithmetic_for, which says which target's instructions"
+        return byte_product(self.target, self.bits)(acc, weight, x)
 
     def quadruples(self, words: Any, lanes: int) -> list[Any]:
         """What ``words`` hold, in the order of x: vectors of four unsigned bytes a lane."""
@@ -223,15 +240,6 @@ class GroupedBytes(Grouped):
         return np.ascontiguousarray(packed.view(np.int32).transpose(0, 2, 1))
 
 
-def _vpdpbusd(acc: Any, unsigned: Any, signed: Any) -> Any:
-    """``acc + Σ unsigned · signed`` over the four bytes of each of 16 words."""
-    from tvm import tirx
-    from tvm.tirx.script.builder import ir as T
-
-    a, b = tirx.reinterpret("int8x64", unsigned), tirx.reinterpret("int8x64", signed)
-    return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", acc, a, b)
-
-
 ARITHMETICS: tuple[Arithmetic, ...] = (
     Float32(), Bfloat16(), Int8(), *map(Grouped, GROUPED), *map(GroupedBytes, GROUPED),
 )  # fmt: skip
@@ -239,4 +247,4 @@ ARITHMETICS: tuple[Arithmetic, ...] = (
 
 def arithmetic_for(w: Linear, target: Target) -> Arithmetic | None:
     """The one that computes ``w``; None where the target lacks the instructions."""
-    return next((each for each in ARITHMETICS if each.supports(w, target)), None)
+    return next((each.on(target) for each in ARITHMETICS if each.supports(w, target)), None)

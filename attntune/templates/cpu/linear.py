@@ -19,7 +19,8 @@ than pairs (``widen``), x is made float32 first, and a column's panels before it
 rows and panels is multiplied in tile registers, and its sums go to the epilogue through the first-level cache.
 Weights quantised by groups are unpacked in registers as they are multiplied, or (``unpack``) once a column of tiles
 into float32 panels in the second-level cache, which pays from some rows on. Sums of the elements of x, by group, come
-first: with them a group's minimum is one multiply-add.
+first: with them a group's minimum is one multiply-add. Where x is quantised too, it has the weight's groups: integers
+are added up within a group, eight elements of 4 bits by three instructions and two products.
 
 Ladder (rows 128, in 384, out 1536, float32; 2 cores of Zen 4, measured peak 230 GFLOP/s, weights from memory):
 
@@ -56,7 +57,18 @@ The epilogue of a small block overlaps with the next one's products. Up to 16 ro
 into the second-level cache, come from memory 10 % faster in bfloat16 (one row: 25 GB/s), 8 to 18 % in 4 and 8 bits and
 15 to 30 % where AMX multiplies them. Tried without gain: in_features in parts of 256 to 512 (a prototype in C was 3 to
 11 % slower: sums come and go), x packed by tiles (the same to 25 % slower), the next column's panels asked for ahead
-(no clear difference, from the second-level cache or from the third).
+(no clear difference, from the second-level cache or from the third). Products whose panels stay in the first-level
+cache (480 × 128 → 1536) reach 0.92 to 1.03 of the multiply-adds that the same cores do in registers in the same moment,
+those with 2,048 in_features 0.92 to 0.97: nothing is to be gained by parts of in_features. (Nor by tiles of 9×3, 10×2,
+12×2, 14×2, or other blocks of rows: 0.97 to 1.01 in the mean of nine shapes.)
+
+Weights of 4 bits on the same cores, layers of SmolLM2-135M, the least of times from memory (one row, µs) and GFLOP/s:
+
+    in → out                           576 → 960   576 → 2 × 1536   1536 → 576
+    rows                               1    512      1     512       1    512
+    x in float32                      22.6           70.6            37.0
+    x in 8 bits, tiles of 8×1                408           514              426
+    tiles of 5×2                      21.3   561     54.3  527       32.9   440
 
 One row of 4 bits on 2 cores of Zen 3, µs from a cache and from memory (SmolLM2-135M's layers; 8 bits: its head):
 
@@ -160,14 +172,15 @@ class LinearCPU(ScheduleTemplate):
                 return plain and whole and apart and amx.fits(rows, vectors)
             # One register is left for what is broadcast; a tile that fills them all spills in the inner loop. Groups of
             # 32 are added up as integers, then in float32, often enough that both sums are held.
-            in_registers = sums * (2 if w.x_dtype else 1) + vectors < target.vector_registers
+            held = sums * (2 if w.x_dtype else 1)
+            in_registers = held + vectors < target.vector_registers
             useful = chains == 1 or rows * vectors * chains <= 2 * LATENCY
             block = config.integer("row_block")
             whole_tiles = (
                 block % rows == 0 and not (w.seq and block) and (vectors > 1 or not config.get("apart", False))
             )
             # Many rows fill a tile: one with fewer sums than an addition's latency is never the best.
-            filled = w.rows <= FEW_ROWS or sums >= LATENCY or rows == w.rows
+            filled = w.rows <= FEW_ROWS or held >= LATENCY or rows == w.rows
             widened = w.dtype != "bfloat16" or w.quantized or bool(config.get("widen", False)) or w.rows <= FEW_ROWS
             if not filled or (config["prefetch"] and not widened):
                 return False
