@@ -251,7 +251,7 @@ def _beside(
 ) -> tuple[float, ...]:
     """Seconds that what bounds the workload would take at what the machine does now, of several measurements.
 
-    None where that is memory, but operands are in caches; or where it cannot be measured.
+    Empty where that is memory, but operands are in caches; or where it cannot be measured.
     """
     name, _ = bound(workload, peaks)
     if name == "memory" and cache == "hot":
