@@ -11,7 +11,7 @@ import numpy as np
 
 from attntune.errors import ModelError, PrecisionWarning
 from attntune.models import int4
-from attntune.ops.linear import quantize_weight
+from attntune.ops.int8 import quantize_weight
 from attntune.ops.workload import as_dtype
 from attntune.target import Target
 
@@ -25,8 +25,9 @@ _WIDENING = ("add_positions", "embedding", "layer_norm", "linear", "mean_pool", 
 #: Operators whose last two operands, where they have a ``style``, are cosines and sines: float32 at any precision.
 _ROTATING = ("rope", "kv_append")
 _SCALE = ":scale"
-#: What CPUs need for it; of 512 bits, but for w4a8.
+#: What CPUs need for it, those of :data:`_WIDE` with vectors of 512 bits.
 _NEEDED = {"bfloat16": ("avx512bf16",), "int8": ("avx512bf16", "avx512vnni"), "w4a8": ("avx2",)}
+_WIDE = ("bfloat16", "int8")
 #: Precisions that are float32 but for linear layers and embeddings, whose weights are quantised by groups.
 _BY_GROUPS = ("int4", "w4a8")
 #: Operators without kernels that multiply 16 bits.
@@ -53,8 +54,8 @@ def supported(precision: str, target: Target) -> tuple[str, str]:
     if precision == "float16":
         return "float32", f"no template multiplies float16 on {target.name}: float32 instead of float16"
     missing = [feature for feature in _NEEDED.get(precision, ()) if not target.has(feature)]
-    instead = "int4" if precision == "w4a8" else "float32"
-    if missing or (precision in _NEEDED and instead == "float32" and target.vector_bits < 512):
+    if missing or (precision in _WIDE and target.vector_bits < 512):
+        instead = "int4" if precision == "w4a8" else "float32"
         return (
             instead,
             f"{target.name} lacks {', '.join(missing or ['512-bit vectors'])}: {instead} instead of {precision}",

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from attntune.ops.grouped import GROUPED, WEIGHT_GROUP, quantize_groups, ungrouped
+from attntune.ops.int8 import INT8_GROUP, dequantized, quantize_weight, rounded, sums_by_group
 from attntune.ops.padding import before_end, zero_past_end
 from attntune.ops.workload import (
     FLOAT_DTYPES,
@@ -24,12 +25,6 @@ from attntune.ops.workload import (
 )
 
 ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")
-#: Largest magnitude of a quantised value; -128 is not used, so that the range is symmetric.
-INT8_MAX = 127
-#: Consecutive values of a row of x that share one scale where the weight is int8.
-INT8_GROUP = 64
-
-
 #: Multiply-adds up to which a reference is computed whole: some seconds.
 _WHOLE = 1 << 33
 
@@ -46,7 +41,8 @@ class Linear(Workload):
 
     With ``weight_dtype="int8"`` the weight is symmetric int8 with one float32 scale an output feature, scale
     (rows of weight,) constant, after the weight; x is quantised as the kernel runs, symmetrically, every
-    :data:`INT8_GROUP` consecutive values of a row (the last group may be shorter) by ``q = round(x · 127 / max|x|)``.
+    :data:`attntune.ops.int8.INT8_GROUP` consecutive values of a row (the last group may be shorter), by
+    ``q = round(x · 127 / max|x|)``.
     The sum of integer products is exact within a group; those of the groups are scaled and added in float32. (One scale
     for a whole row costs SmolLM2-135M 4.5 % of perplexity, for 64 values 1 %: a few features are large in every row.)
 
@@ -201,7 +197,7 @@ class Linear(Workload):
         k = te.reduce_axis((0, self.in_features), name="k")
         shape = (self.rows, self.weight_rows)
         if self.quantized:
-            scaled = self._sums_by_group(x, weight)
+            scaled = sums_by_group(x, weight, self.x_group)
 
             def product(i: Any, j: Any) -> Any:
                 return scaled[i, j] * operand["scale"][j]
@@ -216,9 +212,9 @@ class Linear(Workload):
                 )
                 return value * scale + minimum
 
-            rounded = self._rounded(x) if self.x_dtype else x
+            factor = rounded(x, self.x_group) if self.x_dtype else x
             sums = te.compute(
-                shape, lambda i, j: te.sum(rounded[i, k].astype("float32") * element(j, k), axis=k), name="matmul"
+                shape, lambda i, j: te.sum(factor[i, k].astype("float32") * element(j, k), axis=k), name="matmul"
             )
 
             def product(i: Any, j: Any) -> Any:
@@ -241,65 +237,6 @@ class Linear(Workload):
             return before_end(value, i, self.seq, operand["lengths"]) if self.seq else value
 
         return [*operand.values(), te.compute((self.rows, self.out_features), epilogue, name="y")]
-
-    def _quantized_groups(self, x: Any) -> tuple[Any, Any]:
-        """X as integers (rows, groups, x_group) int8, and what a unit of each group is worth (rows, groups) float32."""
-        from tvm import te, tirx
-
-        def element(i: Any, g: Any, k: Any) -> Any:
-            return self._inside(g, k, x[i, g * self.x_group + k].astype("float32"))
-
-        limit, tiny = tirx.const(float(INT8_MAX), "float32"), tirx.const(1e-30, "float32")
-        shape = (self.rows, self.groups)
-        within = te.reduce_axis((0, self.x_group), name="k_max")
-        top = te.compute(shape, lambda i, g: te.max(tirx.abs(element(i, g, within)), axis=within), name="top")
-        quantized = te.compute(
-            (*shape, self.x_group),
-            lambda i, g, k: tirx.nearbyint(element(i, g, k) * (limit / te.max(top[i, g], tiny))).astype("int8"),
-            name="quantized",
-        )
-        step = te.compute(shape, lambda i, g: top[i, g] * tirx.const(1.0 / INT8_MAX, "float32"), name="step")
-        return quantized, step
-
-    def _inside(self, g: Any, k: Any, value: Any) -> Any:
-        """``value`` of element ``k`` of group ``g``; 0 past the end of the last group."""
-        from tvm import tirx
-
-        if self.in_features % self.x_group == 0:
-            return value
-        return tirx.if_then_else(g * self.x_group + k < self.in_features, value, tirx.const(0, value.ty.dtype))
-
-    def _rounded(self, x: Any) -> Any:
-        """Stage ``rounded`` (rows, in_features) float32: what x is worth once it is quantised."""
-        from tvm import te
-
-        quantized, step = self._quantized_groups(x)
-        return te.compute(
-            (self.rows, self.in_features),
-            lambda i, k: (
-                quantized[i, k // self.x_group, k % self.x_group].astype("float32") * step[i, k // self.x_group]
-            ),
-            name="rounded",
-        )
-
-    def _sums_by_group(self, x: Any, weight: Any) -> Any:
-        """Stage ``matmul`` (rows, weight_rows) float32: x quantised by groups, times the weight as integers."""
-        from tvm import te
-
-        quantized, step = self._quantized_groups(x)
-        k = te.reduce_axis((0, self.x_group), name="k")
-
-        def product(i: Any, j: Any, g: Any) -> Any:
-            column = weight[j, g * self.x_group + k].astype("int32")
-            return te.sum(quantized[i, g, k].astype("int32") * self._inside(g, k, column), axis=k)
-
-        exact = te.compute((self.rows, self.weight_rows, self.groups), product, name="exact")
-        g = te.reduce_axis((0, self.groups), name="g")
-        return te.compute(
-            (self.rows, self.weight_rows),
-            lambda i, j: te.sum(exact[i, j, g].astype("float32") * step[i, g], axis=g),
-            name="matmul",
-        )
 
     def reference(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """Float64 NumPy; the quantisation of x in float32, as the definition has it."""
@@ -370,24 +307,6 @@ class Linear(Workload):
             elif spec.name not in ("scale", "minimum"):
                 values.append(as_dtype(rng.standard_normal(spec.shape, np.float32), spec.dtype))
         return tuple(values)
-
-
-def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A float weight (out_features, in_features) as int8 of the same shape and scales (out_features,) float32."""
-    values = np.asarray(weight, np.float32)
-    scale = np.maximum(np.abs(values).max(axis=1), np.float32(1e-30)) / np.float32(INT8_MAX)
-    return np.rint(values / scale[:, None]).astype(np.int8), scale.astype(np.float32)
-
-
-def dequantized(x: np.ndarray, group: int = INT8_GROUP) -> np.ndarray:
-    """X (rows, in_features) after symmetric int8 quantisation by groups of so many values, in float64."""
-    rows, width = x.shape
-    groups = np.zeros((rows, math.ceil(width / group), group), np.float32)
-    groups.reshape(rows, -1)[:, :width] = x
-    top = np.abs(groups).max(axis=2, keepdims=True)
-    quantized = np.rint(groups * (np.float32(INT8_MAX) / np.maximum(top, np.float32(1e-30))))
-    values = quantized.astype(np.float64) * np.asarray(top * np.float32(1.0 / INT8_MAX), np.float64)
-    return np.ascontiguousarray(values.reshape(rows, -1)[:, :width])
 
 
 def activation_reference(name: str, x: np.ndarray) -> np.ndarray:

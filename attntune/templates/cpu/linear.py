@@ -147,7 +147,7 @@ class LinearCPU(ScheduleTemplate):
             Knob("tile_rows", tuple(t for t in (_AMX_ROW_TILES if tiled else _ROW_TILES) if t <= w.rows)),
             Knob("tile_vectors", tuple(v for v in _COLUMN_VECTORS if v <= panels)),
             Knob("chains", (1,) if w.grouped else (1, 2, 4, 8)),
-            Knob("k_unroll", (1, 2, 4, 8)),
+            Knob("k_unroll", (1,) if w.x_dtype else (1, 2, 4, 8)),
             Knob("row_block", tuple(b for b in (0, 32, 64, 128, 256) if b == 0 or b < w.rows)),
         ]
         if w.rows <= FEW_ROWS:

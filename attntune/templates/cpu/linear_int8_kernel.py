@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from attntune.ops.linear import INT8_MAX
+from attntune.ops.int8 import INT8_MAX
 from attntune.templates.cpu import bf16
 from attntune.templates.cpu.arithmetic import INT8_OFFSET, GroupedBytes
 from attntune.templates.cpu.linear_kernel import LinearKernel, Panels
