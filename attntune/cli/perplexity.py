@@ -18,7 +18,7 @@ def perplexity(
     window: Annotated[int, typer.Option(min=2, help="Tokens that are seen together.")] = 512,
     precision: Annotated[
         list[str] | None,
-        typer.Option(help="float32, bfloat16, int8, int4 or w4a8; repeat to compare. Of an artifact: its own."),
+        typer.Option(help="See `attntune compile --help`; repeat to compare. Of an artifact: its own."),
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json, if not in or beside the model.")] = None,
 ) -> Reply:

@@ -167,7 +167,7 @@ class Comparison:
         return str(self.engines.get(engine, {}).get("title", engine))
 
     def precision(self, engine: str) -> str:
-        """What an engine computes in: ``float32``, ``bfloat16``, ``int8``, ``int4`` or ``w4a8``."""
+        """What an engine computes in: one of :data:`attntune.models.precision.PRECISIONS`."""
         return str(self.engines.get(engine, {}).get("precision", FLOAT32))
 
     def peers(self) -> tuple[str, ...]:

@@ -55,8 +55,8 @@ class Engine(ABC):
     tunes: ClassVar[bool] = False
     """Whether it spends ``source.tuning_secs`` on every shape; such an engine runs only when it is named."""
     precision: str = FLOAT32
-    """What it multiplies in: ``float32``, ``bfloat16``, ``int8``, ``int4`` or ``w4a8``. Sets the parity asked of it and
-    the engines that it is compared with; ``load`` may change it."""
+    """What it multiplies in: one of :data:`attntune.models.precision.PRECISIONS`. Sets the parity asked of it and the
+    engines that it is compared with; ``load`` may change it."""
 
     @classmethod
     def unavailable(cls) -> str | None:

@@ -50,6 +50,13 @@ class AttntuneInt8Listener(AttntuneListener):
     precision: ClassVar[str] = "int8"
 
 
+class AttntuneInt8Float32Listener(AttntuneListener):
+    """float32 but for the same linear layers."""
+
+    title: ClassVar[str] = "attntune int8_float32"
+    precision: ClassVar[str] = "int8_float32"
+
+
 class AttntuneInt4Listener(AttntuneListener):
     """float32 with weights of 4 and 8 bits."""
 
@@ -103,6 +110,7 @@ LISTENERS: dict[str, type[Engine]] = {
     "attntune": AttntuneListener,
     "attntune-bf16": AttntuneBFloat16Listener,
     "attntune-int8": AttntuneInt8Listener,
+    "attntune-int8-float32": AttntuneInt8Float32Listener,
     "attntune-int4": AttntuneInt4Listener,
     "attntune-w4a8": AttntuneW4A8Listener,
     "ctranslate2": CTranslate2Listener,

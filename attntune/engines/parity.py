@@ -46,6 +46,7 @@ PARITY: Mapping[str, Parity] = {
     "float16": Parity(min_cosine=0.999, max_norm_error=0.25),
     "bfloat16": Parity(min_cosine=0.999, max_norm_error=0.25),
     "int8": Parity(min_cosine=0.99, max_norm_error=0.25),
+    "int8_float32": Parity(min_cosine=0.99, max_norm_error=0.25),
     "int4": Parity(min_cosine=0.95, max_norm_error=0.25),
     "w4a8": Parity(min_cosine=0.95, max_norm_error=0.25),
 }

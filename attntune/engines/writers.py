@@ -135,6 +135,13 @@ class AttntuneInt8Writer(AttntuneWriter):
     precision: ClassVar[str] = "int8"
 
 
+class AttntuneInt8Float32Writer(AttntuneWriter):
+    """float32 but for the same linear layers."""
+
+    title: ClassVar[str] = "attntune int8_float32"
+    precision: ClassVar[str] = "int8_float32"
+
+
 class AttntuneInt4Writer(AttntuneWriter):
     """float32 with weights of 4 and 8 bits: of a GGUF file its own."""
 
@@ -256,6 +263,7 @@ WRITERS: dict[str, type[Writer]] = {
     "attntune": AttntuneWriter,
     "attntune-bf16": AttntuneBFloat16Writer,
     "attntune-int8": AttntuneInt8Writer,
+    "attntune-int8-float32": AttntuneInt8Float32Writer,
     "attntune-int4": AttntuneInt4Writer,
     "attntune-w4a8": AttntuneW4A8Writer,
     "pytorch": PyTorchWriter,

@@ -18,7 +18,7 @@ from attntune.host import host_features, host_triple, user_cache_dir
 from attntune.measure.worker import IsolatedProcess
 from attntune.target import Target
 
-_PEAKS_VERSION = 4
+_PEAKS_VERSION = 5
 _PEAKS_TIMEOUT_SECS = 120.0
 #: What a record says of a GPU: our name, nvidia-smi's.
 _GPU_FIELDS = {

@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy as np
 from attntune.measure.buffers import GuardedArray, as_tensor
 from attntune.target import Target
 from attntune.templates.cpu import amx
+from attntune.templates.cpu.products import byte_product, multiplies_bytes
 from attntune.templates.cpu.vectors import PREFETCH_IR
 from attntune.templates.lowering import build
 
@@ -62,7 +63,7 @@ def measure(target: Target) -> dict[str, Any]:
         flops["bfloat16"] = _best(_compute_limit(target, "bfloat16"))
     if amx.available(target):
         flops["bfloat16"] = max(flops["bfloat16"], _best(_amx_limit(target)))
-    if target.has("avx512vnni"):
+    if multiplies_bytes(target):
         flops["int8"] = _best(_compute_limit(target, "int8"))
     return {
         "flops_per_sec": flops,
@@ -100,16 +101,15 @@ def _limit(target: Target, name: str) -> Limit:
 def _compute_limit(target: Target, dtype: str) -> Limit:
     """Independent multiply-add chains on every core."""
     lanes = target.lanes("float32")
-    kernel, a_dtype, sum_dtype, per_lane = {
-        "float32": (_fma_kernel, "float32", "float32", 2),
-        "bfloat16": (_dpbf16_kernel, "int32", "float32", 4),
-        "int8": (_vpdpbusd_kernel, "int32", "int32", 8),
-    }[dtype]
-    call, results = _prepare(
-        kernel(target.cores, lanes, _CHAINS, _STEPS), target,
-        [np.full(2 * lanes, 0.5 if a_dtype == "float32" else 0, a_dtype)],
-        [np.zeros((target.cores, _CHAINS * lanes), sum_dtype)],
-    )  # fmt: skip
+    kernel, operand, sum_dtype, per_lane = {
+        "float32": (
+            partial(_fma_kernel, target.cores, lanes), np.full(2 * lanes, 0.5, np.float32), np.float32, 2,
+        ),
+        "bfloat16": (partial(_dpbf16_kernel, target.cores, lanes), np.zeros(2 * lanes, np.int32), np.float32, 4),
+        "int8": (partial(_bytes_kernel, target), np.full(lanes, 0x01010101, np.int32), np.int32, 8),
+    }[dtype]  # fmt: skip
+    results = [np.zeros((target.cores, _CHAINS * lanes), sum_dtype)]
+    call, results = _prepare(kernel(_CHAINS, _STEPS), target, [operand], results)
     call()
     assert np.isfinite(results[0]).all()
     return Limit(call, target.cores * _CHAINS * lanes * per_lane * _STEPS)
@@ -272,36 +272,38 @@ def _amx_kernel(cores: int, steps: int) -> Any:
     return builder.get()
 
 
-def _vpdpbusd_kernel(cores: int, lanes: int, chains: int, steps: int) -> Any:
-    from tvm.script import tirx as T
+def _bytes_kernel(target: Target, chains: int, steps: int) -> Any:
+    """Products of bytes: ``main(x (lanes), sums (cores, chains · lanes))``, words of four.
 
-    vector, multiplicands = f"int32x{lanes}", f"int8x{4 * lanes}"
+    What is multiplied are the sums themselves, so that no product is the same in every step.
+    """
+    from tvm import tirx
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.tirx.script.builder import ir as T
 
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
-    def main(a: T.handle, c: T.handle) -> None:
-        A = T.match_buffer(a, (2 * lanes,), "int32")
-        C = T.match_buffer(c, (cores, chains * lanes), "int32")
-        with T.sblock("root"):
-            for t in T.parallel(cores):
-                with T.sblock("core"):
-                    v = T.axis.spatial(cores, t)
-                    T.reads(A[0 : 2 * lanes])
-                    T.writes(C[v, 0 : chains * lanes])
-                    acc = T.sblock_alloc_buffer((chains * lanes,), "int32", scope="local")
-                    for j in T.unroll(chains):
-                        acc[T.ramp(j * lanes, 1, lanes)] = T.broadcast(0, lanes)
-                    x: T.let = A[T.ramp(0, 1, lanes)]
-                    y: T.let = A[T.ramp(lanes, 1, lanes)]
-                    for _ in T.serial(steps):
-                        for j in T.unroll(chains):
-                            acc[T.ramp(j * lanes, 1, lanes)] = T.call_llvm_pure_intrin(
-                                vector, "llvm.x86.avx512.vpdpbusd.512", acc[T.ramp(j * lanes, 1, lanes)],
-                                T.reinterpret(multiplicands, x), T.reinterpret(multiplicands, y),
-                            )  # fmt: skip
-                    for j in T.unroll(chains):
-                        C[v, T.ramp(j * lanes, 1, lanes)] = acc[T.ramp(j * lanes, 1, lanes)]
-
-    return main
+    product, lanes = byte_product(target, 4), target.lanes("float32")
+    kind, width = product.sums.split("x")
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("main")
+        values = T.arg("x", T.buffer((lanes,), "int32"))
+        sums = T.arg("sums", T.buffer((target.cores, chains * lanes), "int32"))
+        with T.sblock("root"), T.parallel(target.cores) as core, T.sblock("core"):
+            T.reads()
+            T.writes()
+            x = T.bind(values.vload([0], dtype=product.words))
+            acc = T.sblock_alloc_buffer((chains, int(width)), kind, scope="local")
+            each = tirx.Ramp(0, 1, int(width))
+            for c in range(chains):
+                T.buffer_store(acc, tirx.Broadcast(tirx.const(c, kind), int(width)), [c, each])
+            with T.serial(steps):
+                for c in range(chains):
+                    held = acc.vload([c, 0], dtype=product.sums)
+                    weights = tirx.reinterpret(product.words, held) if held.ty.dtype != product.words else held
+                    T.buffer_store(acc, product.add(held, weights, x), [c, each])
+            for c in range(chains):
+                total = product.total(acc.vload([c, 0], dtype=product.sums))
+                T.buffer_store(sums, total, [core, tirx.Ramp(c * lanes, 1, lanes)])
+    return builder.get()
 
 
 def _sum_kernel(tasks: int, places: int, row: int, lanes: int, chains: int, ahead: bool) -> Any:

@@ -46,6 +46,8 @@ class DecoderConfig:
     rope_factors: tuple[float, ...] = ()
     """What the frequency of each pair of elements is divided by, for texts longer than a model was first trained on;
     empty: by nothing."""
+    rope_magnitude: float = 1.0
+    """What cosines and sines of positions are multiplied by."""
     qkv_bias: bool = False
     output_bias: bool = False
     feed_forward_bias: bool = False
@@ -105,7 +107,7 @@ def build(
     weights = dict(weights)
     if config.rope:
         weights["rope.cos"], weights["rope.sin"] = angles(
-            config.positions, config.head_dim, config.rope_theta, config.rope_factors
+            config.positions, config.head_dim, config.rope_theta, config.rope_factors, config.rope_magnitude
         )
     context = min(DEFAULT_CONTEXT, config.positions)
     return Model(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from attntune.errors import ModelError
-from attntune.models import decoder, llama
+from attntune.models import decoder, llama, rope_scaling
 from attntune.models.config import require_fields, require_fixed, require_sizes, unsupported
 from attntune.models.gguf_tokenizer import tokenizer_files
 from attntune.models.model import Model
@@ -49,7 +49,7 @@ _BITS = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4}
 _FIXED = {
     "rope.scale_linear": 1.0, "expert_count": 0, "attention.sliding_window": 0,
     "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0, "attention.causal": True, "logit_scale": 1.0,
-    "use_parallel_residual": False,
+    "use_parallel_residual": False, "rope.scaling.yarn_ext_factor": 1.0, "rope.scaling.yarn_attn_factor": 1.0,
 }  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -160,10 +160,8 @@ def config_from_metadata(fields: Mapping[str, Any], source: str) -> decoder.Deco
     kv_heads = given.get("attention.head_count_kv", heads)
     if not isinstance(kv_heads, int) or heads % kv_heads:
         raise unsupported(at + "attention.head_count_kv", kv_heads, f"a divisor of head_count {heads}", source)
-    scaling = given.get("rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        raise unsupported(at + "rope.scaling.type", scaling, ["none", "linear"], source)
-    factor = float(given.get("rope.scaling.factor", 1.0)) if scaling == "linear" else 1.0
+    theta = float(given.get("rope.freq_base", 10000.0))
+    scaled = _rope_scaling(given, str(architecture), head_dim, theta, source)
     rope, bias = _ARCHITECTURES[architecture]
     preset = llama.PRESETS["smollm2-135m"]
     return dataclasses.replace(
@@ -178,10 +176,32 @@ def config_from_metadata(fields: Mapping[str, Any], source: str) -> decoder.Deco
         positions=given["context_length"],
         eps=float(given["attention.layer_norm_rms_epsilon"]),
         rope=rope,
-        rope_theta=float(given.get("rope.freq_base", 10000.0)),
-        rope_factors=() if factor == 1.0 else (factor,) * (head_dim // 2),
+        rope_theta=theta,
+        rope_factors=scaled.factors,
+        rope_magnitude=scaled.magnitude,
         qkv_bias=bias,
     )
+
+
+def _rope_scaling(
+    given: Mapping[str, Any], architecture: str, head_dim: int, theta: float, source: str
+) -> rope_scaling.RopeScaling:
+    """What fields ``rope.scaling.*`` ask for."""
+    kind = given.get("rope.scaling.type", "none")
+    if kind not in ("none", "linear", "yarn"):
+        raise unsupported(f"{architecture}.rope.scaling.type", kind, ["none", "linear", "yarn"], source)
+    factor = float(given.get("rope.scaling.factor", 1.0))
+    if kind == "none" or factor == 1.0:
+        return rope_scaling.RopeScaling()
+    if kind == "linear":
+        return rope_scaling.RopeScaling((factor,) * (head_dim // 2))
+    trained = float(given.get("rope.scaling.original_context_length", given["context_length"]))
+    fast, slow = (
+        float(given.get(f"rope.scaling.yarn_beta_{name}", default))
+        for name, default in (("fast", rope_scaling.FAST), ("slow", rope_scaling.SLOW))
+    )
+    magnitude = float(given.get("rope.scaling.attn_factor", 1.0)) * rope_scaling.yarn_magnitude(factor)
+    return rope_scaling.yarn(head_dim, theta, factor, trained, fast=fast, slow=slow, magnitude=magnitude)
 
 
 def _with_factors(config: decoder.DecoderConfig, factors: np.ndarray, source: str) -> decoder.DecoderConfig:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from attntune.models import rope_scaling
 from attntune.models.config import choose, require_fields, require_fixed, require_sizes, unsupported
 from attntune.models.decoder import DecoderConfig
 from attntune.models.tensors import Checkpoint
-from attntune.ops.rope import frequencies
 
 #: ``model_type`` → whether the projections of queries, keys and values have biases when the config does not say.
 FAMILIES = {"llama": False, "mistral": False, "qwen2": True}
@@ -63,6 +63,7 @@ def config_from_json(fields: Mapping[str, Any]) -> DecoderConfig:
         raise unsupported("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads {heads}")
     bias = bool(fields.get("attention_bias", FAMILIES[family]))
     theta = float(rope.get("rope_theta", fields.get("rope_theta", 10000.0)))
+    scaled = rope_scaling.from_config(rope, head_dim, theta, fields["max_position_embeddings"])
     return DecoderConfig(
         vocab_size=fields["vocab_size"],
         hidden_size=hidden,
@@ -78,39 +79,12 @@ def config_from_json(fields: Mapping[str, Any]) -> DecoderConfig:
         gated=True,
         rope="half",
         rope_theta=theta,
-        rope_factors=_rope_factors(rope, head_dim, theta),
+        rope_factors=scaled.factors,
+        rope_magnitude=scaled.magnitude,
         qkv_bias=bias,
         output_bias=bias and family != "qwen2",
         feed_forward_bias=bool(fields.get("mlp_bias", False)),
     )
-
-
-def _rope_factors(scaling: Mapping[str, Any], head_dim: int, theta: float) -> tuple[float, ...]:
-    """What each pair's frequency is divided by, as ``rope_scaling`` asks.
-
-    ``linear``: all by ``factor`` (Chen et al., "Position Interpolation", 2023). ``llama3``: those by ``factor`` whose
-    period is long beside the context of the first training, none whose period is short, between them some of both.
-    """
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return ()
-    if kind not in ("linear", "llama3"):
-        raise unsupported("rope_scaling", dict(scaling), "one of type 'linear' or 'llama3', or none")
-    names = ["factor"]
-    if kind == "llama3":
-        names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    require_fields(scaling, kind, *names, source="config.json: rope_scaling")
-    numbers = [scaling[name] for name in names]
-    positive = all(isinstance(number, int | float) and number > 0 for number in numbers)
-    if not positive or (kind == "llama3" and numbers[1] >= numbers[2]):
-        raise unsupported("rope_scaling", dict(scaling), "positive numbers, low_freq_factor below high_freq_factor")
-    factor, *bounds = numbers
-    if kind == "linear":
-        return (float(factor),) * (head_dim // 2)
-    low, high, trained = bounds
-    periods = trained * frequencies(head_dim, theta) / (2 * np.pi)  # in that context
-    kept = np.clip((periods - low) / (high - low), 0.0, 1.0)
-    return tuple((1.0 / (kept + (1.0 - kept) / factor)).tolist())
 
 
 def rename(

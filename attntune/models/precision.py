@@ -18,7 +18,7 @@ from attntune.target import Target
 if TYPE_CHECKING:
     from attntune.models.model import InputSpec, Model, OpCall
 
-PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4", "w4a8")
+PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int8_float32", "int4", "w4a8")
 
 #: Operators that can write float32 from operands of 16 bits, as a model's outputs are.
 _WIDENING = ("add_positions", "embedding", "layer_norm", "linear", "mean_pool", "rms_norm", "select_rows")
@@ -26,10 +26,17 @@ _WIDENING = ("add_positions", "embedding", "layer_norm", "linear", "mean_pool", 
 _ROTATING = ("rope", "kv_append")
 _SCALE = ":scale"
 #: What CPUs need for it, those of :data:`_WIDE` with vectors of 512 bits.
-_NEEDED = {"bfloat16": ("avx512bf16",), "int8": ("avx512bf16", "avx512vnni"), "w4a8": ("avx2",)}
+_NEEDED = {
+    "bfloat16": ("avx512bf16",), "int8": ("avx512bf16", "avx512vnni"), "int8_float32": ("avx2",), "w4a8": ("avx2",),
+}  # fmt: skip
 _WIDE = ("bfloat16", "int8")
+#: What CPUs without it run, if they can, in place of float32.
+_INSTEAD = {"int8": "int8_float32", "w4a8": "int4"}
+#: Weights of linear layers in 8 bits, a scale an output feature.
+_INT8 = ("int8", "int8_float32")
 #: Precisions that are float32 but for linear layers and embeddings, whose weights are quantised by groups.
 _BY_GROUPS = ("int4", "w4a8")
+_FLOAT32_ELSEWHERE = ("float32", "int8_float32", *_BY_GROUPS)
 #: Operators without kernels that multiply 16 bits.
 _FLOAT32_ONLY = ("additive_attention", "gru_sequence", "lstm_sequence")
 
@@ -38,9 +45,9 @@ def supported(precision: str, target: Target) -> tuple[str, str]:
     """The precision that ``target`` can run in place of the one asked for, and why (empty when it is that one).
 
     On CPUs bfloat16 needs AVX512-BF16; int8 needs that and AVX512-VNNI, for everything but its linear layers is
-    bfloat16; int4 is float32 but for the weights, and needs nothing; w4a8 is that where there is no AVX2; nothing
-    multiplies float16. On CUDA, bfloat16 and float16 are what tensor cores multiply, and quantised weights have no
-    kernels.
+    bfloat16, and is int8_float32 elsewhere, which needs AVX2; int4 is float32 but for the weights, and needs nothing;
+    w4a8 is that where there is no AVX2; nothing multiplies float16. On CUDA, bfloat16 and float16 are what tensor cores
+    multiply, and quantised weights have no kernels.
 
     Raises:
         ModelError: the precision is unknown.
@@ -48,18 +55,16 @@ def supported(precision: str, target: Target) -> tuple[str, str]:
     if precision not in PRECISIONS:
         raise ModelError(f"unknown precision {precision!r}; expected one of {PRECISIONS}")
     if target.kind == "cuda":
-        if precision in ("int8", *_BY_GROUPS):
+        if precision in (*_INT8, *_BY_GROUPS):
             return "bfloat16", f"no CUDA template multiplies quantised weights: bfloat16 instead of {precision}"
         return precision, ""
     if precision == "float16":
         return "float32", f"no template multiplies float16 on {target.name}: float32 instead of float16"
     missing = [feature for feature in _NEEDED.get(precision, ()) if not target.has(feature)]
     if missing or (precision in _WIDE and target.vector_bits < 512):
-        instead = "int4" if precision == "w4a8" else "float32"
-        return (
-            instead,
-            f"{target.name} lacks {', '.join(missing or ['512-bit vectors'])}: {instead} instead of {precision}",
-        )
+        instead, _ = supported(_INSTEAD.get(precision, "float32"), target)
+        lacks = ", ".join(missing or ["512-bit vectors"])
+        return instead, f"{target.name} lacks {lacks}: {instead} instead of {precision}"
     return precision, ""
 
 
@@ -80,11 +85,11 @@ def fitting(
         ModelError: the precision is unknown.
     """
     found, reason = supported(precision, target)
-    if model is not None and found not in ("float32", *_BY_GROUPS):
+    if model is not None and found not in _FLOAT32_ELSEWHERE:
         called = {call.op for entry in model.entries for call in model.calls(entry)}
         if only := sorted(called & set(_FLOAT32_ONLY)):
-            found = "float32"
-            reason = f"{model.name}: {', '.join(only)} compute float32 only: float32 instead of {precision}"
+            found, _ = supported(_INSTEAD.get(precision, "float32"), target)
+            reason = f"{model.name}: {', '.join(only)} compute float32 only: {found} instead of {precision}"
     if reason and tell is not None:
         tell(reason)
     elif reason:
@@ -99,6 +104,7 @@ def at_precision(model: Model, precision: str) -> Model:
     stay float32.
     ``int8``: the same, and weights of linear layers are int8 with one scale an output feature, multiplied with
     activations that the kernels quantise, 64 values of a row at a time.
+    ``int8_float32``: these linear layers, and float32 elsewhere.
     ``int4``: float32, but for the weights of linear layers, of 4 bits with a scale and a minimum for 32 values of a
     row, and 8 bits where rounding costs more and for embeddings (:mod:`attntune.models.int4`). What a GGUF file holds
     as Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0 is kept exactly.
@@ -127,8 +133,8 @@ def at_precision(model: Model, precision: str) -> Model:
 
 
 def _half(precision: str) -> str:
-    """The dtype of 16 bits in which a precision hands on what it computes."""
-    return "float16" if precision == "float16" else "bfloat16"
+    """The dtype in which a precision of other than 32 bits hands on what it computes."""
+    return {"float16": "float16", "int8_float32": "float32"}.get(precision, "bfloat16")
 
 
 def _narrowed(specs: tuple[InputSpec, ...], precision: str) -> tuple[InputSpec, ...]:
@@ -167,21 +173,21 @@ def retyped(
 
 def _reading(call: OpCall, before: OpCall, inputs: Sequence[str]) -> OpCall:
     """``call`` with those of its arguments that are ``inputs`` as they were ``before``."""
-    if not set(call.args) & set(inputs):
-        return call
     kept = dict(zip(before.args, before.arg_dtypes, strict=True))
-    dtypes = (kept[arg] if arg in inputs else dtype for arg, dtype in zip(call.args, call.arg_dtypes, strict=True))
-    attrs = {**call.attrs, "out_dtype": call.result_dtype}
-    return dataclasses.replace(call, arg_dtypes=tuple(dtypes), attrs=attrs)
+    dtypes = tuple(kept[arg] if arg in inputs else dtype for arg, dtype in zip(call.args, call.arg_dtypes, strict=True))
+    if dtypes == call.arg_dtypes:
+        return call
+    return dataclasses.replace(call, arg_dtypes=dtypes, attrs={**call.attrs, "out_dtype": call.result_dtype})
 
 
 def _retyped(call: OpCall, precision: str, is_output: bool, is_read: bool, weights: Mapping[str, object]) -> OpCall:
-    if is_output and (call.op not in _WIDENING or is_read):
+    exact, half = _exact(call), _half(precision)
+    widens = is_output and half != "float32"
+    if widens and (call.op not in _WIDENING or is_read):
         raise ModelError(
             f"{precision}: expected output {call.result!r} to be made by one of {_WIDENING} and read by no other "
             f"operator, got {call.op!r}"
         )
-    exact, half = _exact(call), _half(precision)
     dtypes = [
         half if dtype == "float32" and name not in exact else dtype
         for name, dtype in zip(call.args, call.arg_dtypes, strict=True)
@@ -192,7 +198,7 @@ def _retyped(call: OpCall, precision: str, is_output: bool, is_read: bool, weigh
         args.insert(2, args[1] + _SCALE)
         shapes.insert(2, shapes[1][:1])
         dtypes.insert(2, "float32")
-    if is_output:
+    if widens:
         attrs["out_dtype"] = "float32"
     first, *others = call.result_dtypes
     if first == "float32" and not is_output:
@@ -211,7 +217,7 @@ def _exact(call: OpCall) -> frozenset[str]:
 
 
 def _quantizes(call: OpCall, precision: str, weights: Mapping[str, object]) -> bool:
-    return precision == "int8" and call.op == "linear" and call.args[1] in weights
+    return precision in _INT8 and call.op == "linear" and call.args[1] in weights
 
 
 def _weights(model: Model, precision: str) -> dict[str, np.ndarray]:

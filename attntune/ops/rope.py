@@ -124,12 +124,15 @@ def frequencies(head_dim: int, theta: float = 10000.0) -> np.ndarray:
 
 
 def angles(
-    positions: int, head_dim: int, theta: float = 10000.0, factors: Sequence[float] = ()
+    positions: int, head_dim: int, theta: float = 10000.0, factors: Sequence[float] = (), magnitude: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cos and sin (positions, head_dim/2) float32 of position · frequency, which ``factors`` (head_dim/2,) divide."""
+    """``magnitude`` times cos and sin (positions, head_dim/2) float32 of position · frequency.
+
+    ``factors`` (head_dim/2,) divide frequencies.
+    """
     growth = frequencies(head_dim, theta) / (np.asarray(factors, np.float64) if len(factors) else 1.0)
     angle = np.arange(positions, dtype=np.float64)[:, None] * growth
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    return (magnitude * np.cos(angle)).astype(np.float32), (magnitude * np.sin(angle)).astype(np.float32)
 
 
 def rotated(load: Any, cos: Any, sin: Any, position: Any, column: Any, head_dim: int, style: str) -> Any:

@@ -49,6 +49,26 @@ def test_the_largest_products_are_exact(name, dtype, rows):
     np.testing.assert_allclose(y.array, layer.reference(x, weight, scale, minimum)[0], rtol=1e-6, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_largest_products_of_int8_weights_are_exact(name, rows):
+    target = dataclasses.replace(TARGETS[name], cores=2, logical_cores=2)
+    if missing := set(target.features) - set(host_features()):
+        pytest.skip(f"this CPU lacks {sorted(missing)}")
+    layer = Linear(rows, 100, 40, bias=False, weight_dtype="int8")
+    x, weight, scale = layer.example_inputs()
+    x[:] = np.where(np.arange(100) % 2, -1.0, 1.0)
+    x[0, :64] = 1.0
+    weight[:] = 127
+    weight[::2, 1::2], weight[::3] = -127, 0
+    scale[:] = 1.0
+    template = LinearCPU()
+    kernel = build(template.schedule(layer, target, template.default(layer, target)), target)
+    y = GuardedArray((rows, 40), np.dtype("float32"))
+    kernel["main"](*(as_tensor(array.array) for array in (*packed(layer, target, (x, weight, scale)), y)))
+    np.testing.assert_allclose(y.array, layer.reference(x, weight, scale)[0], rtol=1e-6, atol=1e-3)
+
+
 def test_instructions_are_those_of_the_target():
     layer = Linear(1, 64, 32, weight_dtype="uint4", x_dtype="int8")
     template = LinearCPU()

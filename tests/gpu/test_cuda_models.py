@@ -250,7 +250,7 @@ def test_only_known_forms_of_code():
 def test_precisions_of_cuda_targets():
     target = PRESETS["sm_90a"]
     assert all(supported(name, target) == (name, "") for name in ("float32", "bfloat16", "float16"))
-    for name in ("int8", "int4", "w4a8"):
+    for name in ("int8", "int8_float32", "int4", "w4a8"):
         lower, reason = supported(name, target)
         assert lower == "bfloat16"
         assert reason == f"no CUDA template multiplies quantised weights: bfloat16 instead of {name}"

@@ -11,13 +11,16 @@ import torch
 from torch.nn import functional as F
 
 
-def rotate(x, theta, interleaved, scaled=lambda frequency: frequency):
+def rotate(x, theta, interleaved, scaled=lambda frequency: frequency, magnitude=1.0):
     """x (batch, seq, heads, head_dim) turned by its position's angles, which grow by ``scaled`` frequencies."""
     half = x.shape[-1] // 2
     pairs = x.unflatten(-1, (half, 2)) if interleaved else x.unflatten(-1, (2, half)).transpose(-1, -2)
     growth = torch.tensor([scaled(theta ** (-pair / half)) for pair in range(half)], dtype=torch.float64)
     angle = torch.arange(x.shape[1])[:, None].double() * growth
-    turned = torch.view_as_complex(pairs.double().contiguous()) * torch.polar(torch.ones_like(angle), angle)[:, None, :]
+    turned = (
+        torch.view_as_complex(pairs.double().contiguous())
+        * torch.polar(torch.full_like(angle, magnitude), angle)[:, None, :]
+    )
     pairs = torch.view_as_real(turned).to(x.dtype)
     return pairs.flatten(-2) if interleaved else pairs.transpose(-1, -2).flatten(-2)
 
@@ -38,6 +41,22 @@ def llama3_scaling(factor, low_freq_factor, high_freq_factor, original_max_posit
     return scaled
 
 
+def yarn_scaling(theta, half, factor, trained, fast, slow):
+    """How a frequency is scaled by YaRN: by where its pair lies between those that turn ``fast`` and ``slow`` times."""
+
+    def place(frequency):
+        return -half * math.log(frequency) / math.log(theta)
+
+    first, last = (place(times * 2 * math.pi / trained) for times in (fast, slow))
+    first, last = max(math.floor(first), 0), min(math.ceil(last), 2 * half - 1)
+
+    def scaled(frequency):
+        share = min(max((place(frequency) - first) / (last - first), 0.0), 1.0)
+        return share * frequency / factor + (1 - share) * frequency
+
+    return scaled
+
+
 def attend(q, k, v):
     """Causal attention of q (batch, seq, heads, head_dim) over fewer key heads → (batch, seq, heads·head_dim)."""
     groups = q.unflatten(2, (k.shape[2], -1))
@@ -48,7 +67,9 @@ def attend(q, k, v):
 
 
 @torch.inference_mode()
-def llama_logits(t, ids, *, layers, heads, kv_heads, eps, theta, interleaved=False, scaled=lambda frequency: frequency):
+def llama_logits(
+    t, ids, *, layers, heads, kv_heads, eps, theta, interleaved=False, scaled=lambda frequency: frequency, magnitude=1.0
+):
     """Logits (batch, seq, vocab) from tensors by Hugging Face's names; optional biases where they are there."""
 
     def linear(x, name):
@@ -65,7 +86,7 @@ def llama_logits(t, ids, *, layers, heads, kv_heads, eps, theta, interleaved=Fal
             linear(y, f"{at}self_attn.{name}_proj").unflatten(-1, (count, -1))
             for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
         )
-        mixed, _ = attend(*(rotate(part, theta, interleaved, scaled) for part in (q, k)), v)
+        mixed, _ = attend(*(rotate(part, theta, interleaved, scaled, magnitude) for part in (q, k)), v)
         x = x + linear(mixed, at + "self_attn.o_proj")
         y = norm(x, at + "post_attention_layernorm")
         x = x + linear(F.silu(linear(y, at + "mlp.gate_proj")) * linear(y, at + "mlp.up_proj"), at + "mlp.down_proj")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cached import assert_cache_equals_recomputation
 from checkpoints import LLAMA, llama_tensors
-from decoder_oracle import llama3_scaling, llama_logits
+from decoder_oracle import llama3_scaling, llama_logits, yarn_scaling
 
 from attntune import cli
 from attntune.compiler import compile
@@ -66,6 +66,7 @@ def write_gguf(path, tensors=None, **fields):
     if "rope_scaling" in fields:
         writer.add_rope_scaling_type(gguf.RopeScalingType(fields.pop("rope_scaling")))
         writer.add_rope_scaling_factor(2.5)
+        writer.add_rope_scaling_orig_ctx_len(32)
     if (factors := fields.pop("rope_factors", None)) is not None:
         writer.add_tensor("rope_freqs.weight", factors)
     for name, value in tensors.items():
@@ -94,6 +95,10 @@ VARIANTS: dict = {
         {"rope_factors": np.array([each / LLAMA3(each) for each in FREQUENCIES], np.float32)}, {"scaled": LLAMA3}
     ),
     "linearly scaled": ({"rope_scaling": "linear"}, {"scaled": lambda frequency: frequency / 2.5}),
+    "yarn": (
+        {"rope_scaling": "yarn"},
+        {"scaled": yarn_scaling(500.0, 4, 2.5, 32, 32.0, 1.0), "magnitude": 1 + 0.1 * np.log(2.5)},
+    ),
     "qwen2": ({"architecture": "qwen2"}, {}),
 }  # fmt: skip
 
@@ -161,7 +166,7 @@ def test_command_line_draws_what_its_tokens_attend_to(capsys, tmp_path):
         ({"tokenizer": "rwkv"}, r"tokenizer.ggml.model 'rwkv' is not supported; expected \['gpt2', 'llama'\]"),
         ({"rope_factors": np.ones(3, np.float32)}, "expected rope_freqs.weight of 4 values, got"),
         ({"pre": "tekken"}, "tokenizer.ggml.pre 'tekken' is not supported; expected .*smollm"),
-        ({"rope_scaling": "yarn"}, "llama.rope.scaling.type 'yarn' is not supported"),
+        ({"rope_scaling": "longrope"}, "llama.rope.scaling.type 'longrope' is not supported"),
     ],
 )
 def test_what_is_not_supported_is_named(tmp_path, fields, message):

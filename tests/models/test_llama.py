@@ -7,7 +7,7 @@ import pytest
 import torch
 from cached import assert_cache_equals_recomputation
 from checkpoints import LLAMA, llama_tensors, write
-from decoder_oracle import llama3_scaling, llama_logits
+from decoder_oracle import llama3_scaling, llama_logits, yarn_scaling
 
 from attntune.compiler import compile
 from attntune.errors import ModelError
@@ -21,10 +21,14 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+#: One frequency stays, one is between, two are long.
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 4.0, "beta_slow": 1.0}
 VARIANTS: dict = {
     "llama": {},
     "llama 3": {"rope_scaling": LLAMA3},
     "linearly scaled": {"rope_scaling": {"type": "linear", "factor": 2.5}},
+    "yarn": {"rope_scaling": {"type": "yarn", **YARN}},
+    "yarn of a given magnitude": {"rope_scaling": {"rope_type": "yarn", **YARN, "attention_factor": 0.8}},
     "tied qwen2": {
         "model_type": "qwen2", "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 20.0},
@@ -35,9 +39,16 @@ VARIANTS: dict = {
 def oracle(config, tensors, ids):
     theta = config.get("rope_parameters", config)["rope_theta"]
     scaling = config.get("rope_scaling", {})
-    scaled = {"scaled": llama3_scaling(**scaling)} if "rope_type" in scaling else {}
-    if "type" in scaling:
+    scaled = {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind == "llama3":
+        scaled = {"scaled": llama3_scaling(**scaling)}
+    elif kind == "linear":
         scaled = {"scaled": lambda frequency: frequency / scaling["factor"]}
+    elif kind == "yarn":
+        half = config["hidden_size"] // config["num_attention_heads"] // 2
+        magnitude = scaling.get("attention_factor", 1 + 0.1 * np.log(4.0))
+        scaled = {"scaled": yarn_scaling(theta, half, 4.0, 32, 4.0, 1.0), "magnitude": magnitude}
     return llama_logits(
         {name: torch.from_numpy(value.astype(np.float32)) for name, value in tensors.items()},
         torch.from_numpy(ids),
@@ -90,8 +101,13 @@ def test_the_config_of_generation_says_where_a_text_ends(tmp_path):
     [
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"rope_scaling of a llama3 model lacks \['low_freq"),
         (
-            {"rope_scaling": {"type": "yarn", "factor": 2.0}},
-            "rope_scaling .*yarn.* is not supported; expected .*linear",
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_scaling .*dynamic.* is not supported; expected .*linear",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": -1}}, "rope_scaling .* expected .*positive numbers for factor"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": "x"}},
+            "rope_scaling .* expected .*positive numbers for .*beta_fast",
         ),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "rope_scaling .* expected .*low_freq_factor below"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling .* is not supported; expected 'positive"),

@@ -21,7 +21,7 @@ from attntune.tuner import tune
 
 SHAPES = [{"batch": 1, "seq": 32}, {"batch": 4, "seq": 64}]
 TINY = BertConfig(50, 32, 2, 2, 64, 16, 2, "gelu", 1e-12)
-COSINE = {"bfloat16": 0.999, "int8": 0.99, "int4": 0.97, "w4a8": 0.97}
+COSINE = {"bfloat16": 0.999, "int8": 0.99, "int8_float32": 0.99, "int4": 0.97, "w4a8": 0.97}
 
 
 class Refusing(Runner):
@@ -70,9 +70,10 @@ def test_the_manifest_says_so(lower, minilm):
         for name, dtype in stored.items()
         if "feed_forward.up.weight:" in name and not {"scale", "minimum"} & set(name.split(":"))
     }
-    assert kinds == {{"bfloat16": "bfloat16", "int8": "uint8", "int4": "int32", "w4a8": "int32"}[precision]}
+    stored_as = {"bfloat16": "bfloat16", "int8": "uint8", "int8_float32": "uint8", "int4": "int32", "w4a8": "int32"}
+    assert kinds == {stored_as[precision]}
     assert stored[next(name for name in stored if name.startswith("embeddings.word"))] == (
-        "float32" if precision in ("int4", "w4a8") else "bfloat16"
+        "bfloat16" if precision in ("bfloat16", "int8") else "float32"
     )
 
 
@@ -80,7 +81,8 @@ def test_weights_take_less_room(lower, minilm):
     precision, model = lower
     floats = sum(values.nbytes for values in minilm.weights.values())
     size = (model.folder / "weights.bin").stat().st_size
-    assert size < {"bfloat16": 0.51, "int8": 0.45, "int4": 0.63, "w4a8": 0.63}[precision] * floats
+    share = {"bfloat16": 0.51, "int8": 0.45, "int8_float32": 0.65, "int4": 0.63, "w4a8": 0.63}
+    assert size < share[precision] * floats
 
 
 def test_a_cpu_without_the_instructions_compiles_float32_and_is_told():
@@ -101,6 +103,16 @@ def test_activations_stay_as_they_are_where_a_cpu_has_no_instructions_for_8_bits
     assert lines == [reason]
 
 
+def test_int8_is_float32_elsewhere_where_a_cpu_does_not_multiply_bfloat16():
+    assert supported("int8", PRESETS["znver4"]) == ("int8", "")
+    for name in ("x86-64-v3", "x86-64-v4"):
+        reason = f"{name} lacks avx512bf16, avx512vnni: int8_float32 instead of int8"
+        assert supported("int8", PRESETS[name]) == ("int8_float32", reason)
+    assert supported("int8", PRESETS["aarch64-neon"])[0] == "float32"
+    reason = "aarch64-neon lacks avx2: float32 instead of int8_float32"
+    assert supported("int8_float32", PRESETS["aarch64-neon"]) == ("float32", reason)
+
+
 def test_linear_layers_alone_quantise_what_they_read():
     lower = at_precision(tiny_bert(), "w4a8")
     calls = [call for entry in lower.entries for call in lower.calls(entry)]
@@ -113,18 +125,18 @@ def test_without_progress_it_is_a_warning():
         attntune.compile(tiny_bert(), shapes=[(1, 8)], target="x86-64-v3", precision="bfloat16")
 
 
-def test_a_model_without_the_kernels_compiles_float32_and_is_told():
+def test_a_model_without_the_kernels_compiles_float32_but_for_weights_and_is_told():
     from attntune.models.rnn import RNNConfig, random_model
 
     model = random_model(RNNConfig(11, 13, 6, 7, 5, 9, attention=True))
-    for precision, found in (("bfloat16", "float32"), ("int8", "float32"), ("int4", "int4")):
+    for precision, found in (("bfloat16", "float32"), ("int8", "int8_float32"), ("int4", "int4")):
         lines = []
         artifact = attntune.compile(
             model, shapes=[(1, 4, 4)], entries=["decode"], target="znver4", precision=precision,
             on_progress=lines.append,
         )  # fmt: skip
         assert artifact.manifest["precision"] == found
-        told = f"rnn: additive_attention, gru_sequence compute float32 only: float32 instead of {precision}"
+        told = f"rnn: additive_attention, gru_sequence compute float32 only: {found} instead of {precision}"
         assert (told in lines) == (found != precision)
 
 
@@ -148,8 +160,8 @@ def test_run_says_so_every_time(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_tuning_for_a_cpu_without_the_instructions_is_for_float32_and_says_so(tmp_path, told):
-    reason = "x86-64-v3 lacks avx512bf16, avx512vnni: float32 instead of int8"
+def test_tuning_for_a_cpu_without_the_instructions_is_for_another_precision_and_says_so(tmp_path, told):
+    reason = "x86-64-v3 lacks avx512bf16, avx512vnni: int8_float32 instead of int8"
     lines: list[str] = []
     with contextlib.nullcontext() if told else pytest.warns(PrecisionWarning, match=reason):
         summary = tune(
@@ -157,7 +169,7 @@ def test_tuning_for_a_cpu_without_the_instructions_is_for_float32_and_says_so(tm
             database=tmp_path / "tuning.jsonl", on_progress=lines.append if told else None,
         )  # fmt: skip
     assert lines == ([reason] if told else [])
-    expected = tiny_bert().workloads([{"batch": 1, "seq": 8}], "forward")
+    expected = at_precision(tiny_bert(), "int8_float32").workloads([{"batch": 1, "seq": 8}], "forward")
     assert {result.workload for result in summary.results} == set(expected)
 
 
@@ -169,7 +181,7 @@ def test_tuning_a_workload_takes_no_precision():
 
 
 def test_only_known_precisions():
-    known = r"\('float32', 'bfloat16', 'float16', 'int8', 'int4', 'w4a8'\)"
+    known = r"\('float32', 'bfloat16', 'float16', 'int8', 'int8_float32', 'int4', 'w4a8'\)"
     with pytest.raises(ModelError, match=f"unknown precision 'float8'; expected one of {known}"):
         supported("float8", PRESETS["znver4"])
     model = at_precision(tiny_bert(), "bfloat16")
@@ -186,6 +198,18 @@ def test_an_output_that_cannot_be_float32_is_named():
 
     with pytest.raises(ModelError, match=r"to be made by one of .* got 'attention'"):
         retyped([call], "bfloat16", [renamed.outputs[0].name], model.weights)
+
+
+def test_int8_float32_changes_linear_layers_alone():
+    model = tiny_bert()
+    lower = at_precision(model, "int8_float32")
+    for before, after in zip(model.calls(), lower.calls(), strict=True):
+        assert after.result_dtypes == before.result_dtypes
+        if before.op != "linear":
+            assert after == before
+            continue
+        assert after.args == (*before.args[:2], f"{before.args[1]}:scale", *before.args[2:])
+        assert lower.weights[after.args[1]].dtype == np.int8
 
 
 def test_every_call_but_the_last_hands_on_bfloat16():

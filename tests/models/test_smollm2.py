@@ -203,7 +203,10 @@ def perplexity_in_float32(smollm2_model, licence_ids):
     return scored(smollm2_model, licence_ids, "float32")[1]
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 0.02), ("int8", 0.02), ("int4", 1e-4), ("w4a8", 0.01)])
+@pytest.mark.parametrize(
+    ("precision", "bound"),
+    [("bfloat16", 0.02), ("int8", 0.02), ("int8_float32", 0.02), ("int4", 1e-4), ("w4a8", 0.01)],
+)
 def test_smollm2s_perplexity_at_lower_precisions(
     request, smollm2_model, licence_ids, perplexity_in_float32, precision, bound
 ):

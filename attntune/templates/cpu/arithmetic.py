@@ -16,9 +16,9 @@ from attntune.ops.grouped import GROUPED, WEIGHT_GROUP
 from attntune.ops.linear import Linear
 from attntune.target import Target
 from attntune.templates.cpu import bf16
-from attntune.templates.cpu.products import byte_product, multiplies_bytes
+from attntune.templates.cpu.products import ByteProduct, byte_product, multiplies_bytes
 
-#: Added to an int8 weight to make it the unsigned operand of ``vpdpbusd``; the kernel subtracts what it adds to a sum.
+#: Added to an int8 weight to make it an unsigned operand; kernels take off what it adds to a sum.
 INT8_OFFSET = 128
 
 
@@ -95,25 +95,32 @@ class Bfloat16(Arithmetic):
 
 
 class Int8(Arithmetic):
-    """``vpdpbusd``: quadruples of unsigned weights (int8 + 128) and signed x, exact int32 sums."""
+    """Quadruples of unsigned weights (int8 + 128) and signed x, exact int32 sums: see :mod:`products`."""
 
     group = 4
     word = "int32"
     accumulator = "int32"
     bits = 8
 
+    def __init__(self, target: Target | None = None) -> None:
+        self.target = target
+
     def supports(self, w: Linear, target: Target) -> bool:
         """See :class:`Arithmetic`."""
-        wide = target.has("avx512vnni") and target.vector_bits == 512
-        return w.quantized and wide and (w.dtype == "float32" or bf16.available(target))
+        return w.quantized and multiplies_bytes(target) and (w.dtype == "float32" or bf16.available(target))
+
+    def on(self, target: Target) -> Arithmetic:
+        """See :class:`Arithmetic`."""
+        return Int8(target)
+
+    @property
+    def product(self) -> ByteProduct:
+        """How the target multiplies."""
+        return _product(self.target, self.bits)
 
     def multiply_add(self, acc: Any, x: Any, weight: Any) -> Any:
         """See :class:`Arithmetic`."""
-        from tvm import tirx
-        from tvm.tirx.script.builder import ir as T
-
-        unsigned, signed = tirx.reinterpret("int8x64", weight), tirx.reinterpret("int8x64", x)
-        return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", acc, unsigned, signed)
+        return self.product.add(acc, weight, x)
 
     def pack(self, panels: np.ndarray) -> np.ndarray:
         """See :class:`Arithmetic`; values come out unsigned."""
@@ -198,6 +205,7 @@ class GroupedBytes(Grouped):
     """
 
     accumulator = "int32"
+    """Once a group is summed up."""
 
     def __init__(self, dtype: str, target: Target | None = None) -> None:
         super().__init__(dtype)
@@ -211,10 +219,14 @@ class GroupedBytes(Grouped):
         """See :class:`Arithmetic`."""
         return GroupedBytes(self.dtype, target)
 
+    @property
+    def product(self) -> ByteProduct:
+        """How the target multiplies."""
+        return _product(self.target, self.bits)
+
     def multiply_add(self, acc: Any, x: Any, weight: Any) -> Any:
-        """See :class:`Arithmetic`; of one of the :meth:`quadruples`."""
-        assert self.target is not None, "expected arithmetic_for, which says which target's instructions"
-        return byte_product(self.target, self.bits)(acc, weight, x)
+        """See :class:`Arithmetic`; of one of the :meth:`quadruples`, sums as :attr:`product` has them."""
+        return self.product.add(acc, weight, x)
 
     def quadruples(self, words: Any, lanes: int) -> list[Any]:
         """What ``words`` hold, in the order of x: vectors of four unsigned bytes a lane."""
@@ -243,6 +255,11 @@ class GroupedBytes(Grouped):
 ARITHMETICS: tuple[Arithmetic, ...] = (
     Float32(), Bfloat16(), Int8(), *map(Grouped, GROUPED), *map(GroupedBytes, GROUPED),
 )  # fmt: skip
+
+
+def _product(target: Target | None, bits: int) -> ByteProduct:
+    assert target is not None, "expected arithmetic_for, which says which target's instructions"
+    return byte_product(target, bits)
 
 
 def arithmetic_for(w: Linear, target: Target) -> Arithmetic | None:

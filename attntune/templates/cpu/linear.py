@@ -97,6 +97,7 @@ from attntune.templates.cpu.linear_cost import (
     amx_order_cost,
     amx_step_cost,
     bytes_step_cost,
+    loops_over_rows,
     pieces,
     row_order_cost,
     step_cost,
@@ -154,6 +155,8 @@ class LinearCPU(ScheduleTemplate):
             knobs.append(Knob("apart", (False, True)))
         if w.grouped:
             knobs.append(Knob("unpack", (False, True) if w.rows > 1 and not w.x_dtype else (False,)))
+            if w.x_dtype:
+                knobs.append(Knob("row_loop", (False, True) if w.rows > 1 else (False,)))
         elif w.dtype == "bfloat16" and not w.quantized:
             knobs.append(Knob("widen", (False, True) if w.rows > FEW_ROWS else (False,)))
         knobs.append(Knob("prefetch", (0, _AHEAD if w.rows > FEW_ROWS else _FAR_AHEAD)))
@@ -171,9 +174,11 @@ class LinearCPU(ScheduleTemplate):
                 apart = vectors > parts or not config.get("apart", False)
                 return plain and whole and apart and amx.fits(rows, vectors)
             # One register is left for what is broadcast; a tile that fills them all spills in the inner loop. Groups of
-            # 32 are added up as integers, then in float32, often enough that both sums are held.
-            held = sums * (2 if w.x_dtype else 1)
-            in_registers = held + vectors < target.vector_registers
+            # 32 are added up as integers, then in float32, often enough that both sums are held, if there is room. A
+            # loop over rows keeps weights in registers, and pays where they serve several rows.
+            looped = bool(config.get("row_loop", False))
+            held = sums * (2 if w.x_dtype and target.vector_registers >= 32 else 1)
+            in_registers = looped or held + vectors < target.vector_registers
             useful = chains == 1 or rows * vectors * chains <= 2 * LATENCY
             block = config.integer("row_block")
             whole_tiles = (
@@ -181,6 +186,8 @@ class LinearCPU(ScheduleTemplate):
             )
             # Many rows fill a tile: one with fewer sums than an addition's latency is never the best.
             filled = w.rows <= FEW_ROWS or held >= LATENCY or rows == w.rows
+            if looped and (rows == 1 or (rows < LATENCY and rows < w.rows)):
+                return False
             widened = w.dtype != "bfloat16" or w.quantized or bool(config.get("widen", False)) or w.rows <= FEW_ROWS
             if not filled or (config["prefetch"] and not widened):
                 return False
@@ -194,7 +201,7 @@ class LinearCPU(ScheduleTemplate):
         lanes = target.lanes("float32")
         parts = 2 if w.gated else 1
         panels = math.ceil(w.out_features / lanes)
-        group = _arithmetic(w, target).group
+        group, bits = _arithmetic(w, target).group, _arithmetic(w, target).bits
 
         def cost(config: Config) -> tuple[float, str]:
             rows, vectors, chains = (config.integer(n) for n in ("tile_rows", "tile_vectors", "chains"))
@@ -217,11 +224,13 @@ class LinearCPU(ScheduleTemplate):
                 unrolling = 1.0 + 0.01 * abs(unrolled - 1)
                 order = amx_order_cost(w, config, target)
                 return column * imbalance * tails * unrolling * streams * order, config.key()
-            if w.x_dtype:
-                column = sum(bytes_step_cost(h, width, target) * times for h, width, times in tiles)
+            if w.x_dtype or (w.quantized and target.vector_registers < 32):
+                looped = bool(config.get("row_loop", False))
+                column = sum(bytes_step_cost(h, width, target, bits, looped) * times for h, width, times in tiles)
             else:
                 column = sum(step_cost(h, width, chains, target) * times for h, width, times in tiles)
-            unrolling = 1.0 + 0.01 * abs(unrolled - (4 if w.rows > 1 else 8))
+            wanted = 8 if w.rows == 1 else 2 if w.quantized and target.vector_registers < 32 else 4
+            unrolling = 1.0 + 0.01 * abs(unrolled - wanted)
             if w.activation not in ("", "relu") and vectors < 4 and w.rows > LATENCY and target.fmas_per_cycle < 2:
                 # Short rows leave the activation's loop few vectors to overlap: on Zen 4, 8×3 was 7 % slower than 4×4
                 # and 4×6. On Emerald Rapids it is 5 to 10 % faster.
@@ -231,6 +240,8 @@ class LinearCPU(ScheduleTemplate):
                 order *= 2.0
             if bool(config["prefetch"]) != _asks_ahead(w, target):
                 order *= 1.01
+            if "row_loop" in config and config["row_loop"] != (w.rows > 1 and loops_over_rows(target, bits)):
+                order *= 2.0
             if w.grouped and config["unpack"] != (w.rows > _UNPACKED_ROWS and not w.x_dtype):
                 order *= 2.0
             return column * imbalance * tails * unrolling * streams * order, config.key()
@@ -306,6 +317,7 @@ class LinearCPU(ScheduleTemplate):
             # Knobs of some layers only; one model learns from all.
             "apart": float(config.get("apart", False)),
             "unpack": float(config.get("unpack", False)),
+            "row_loop": float(config.get("row_loop", False)),
             "widen": float(config.get("widen", False)),
             "prefetch": float(config["prefetch"]),
             "amx": float(config.get("amx", False)),

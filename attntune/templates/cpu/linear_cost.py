@@ -9,6 +9,7 @@ from attntune.search.space import Config
 from attntune.target import Target
 from attntune.templates.cpu import amx
 from attntune.templates.cpu.linear_kernel import FEW_ROWS
+from attntune.templates.cpu.products import byte_product
 
 #: Sums that run side by side before an addition's latency is hidden.
 LATENCY = 8
@@ -60,15 +61,29 @@ def step_cost(rows: int, vectors: int, chains: int, target: Target) -> float:
     return (max(multiply_adds, started, LATENCY / chains) + 0.05 * loads + panel) * (1.15 if crowded else 1.0)
 
 
-def bytes_step_cost(rows: int, vectors: int, target: Target) -> float:
-    """Instructions, relative, of one word of 4-bit weights a lane, x in 8 bits.
+def loops_over_rows(target: Target, bits: int) -> bool:
+    """Whether a group's weights, unpacked, stay in registers for one row after another."""
+    return target.vector_registers < 32 and byte_product(target, bits).instructions <= 2
+
+
+def bytes_step_cost(rows: int, vectors: int, target: Target, bits: int, row_loop: bool) -> float:
+    """Instructions, relative, of one word of 4-bit weights a lane or two of 8, x in 8 bits.
 
     Two products an element of the tile, and its share of what a group's sums take in float32; unpacking and the group's
-    scales, once a vector; loads of x. (2 cores of Emerald Rapids, 512×576→960, GFLOP/s: 519 with 5×2, 505 with 6×3,
-    497 with 6×2, 408 with 8×1.)
+    scales, once a vector; loads of x. Both sums, as integers and in float32, stay in 32 registers; of 16 the latter go
+    to the stack. (512×576→960, GFLOP/s. 2 cores of Emerald Rapids, 4 bits: 519 with 5×2, 505 with 6×3, 497 with 6×2,
+    408 with 8×1. Of Zen 3: 320 with 5×2, 317 with 6×2, 300 with 8×1; 8 bits: 208 with 4×2, 201 with 5×2, 196 with 8×1,
+    189 with 4×3.)
     """
-    crowded = (2 * rows * vectors + vectors) / target.vector_registers > 0.75
-    return (3.0 * rows * vectors + 4.5 * vectors + 1.5 * rows) * (1.15 if crowded else 1.0)
+    product = byte_product(target, bits)
+    each = 1.0 + 2.0 * product.instructions
+    if row_loop:  # x is loaded for each vector; of few or many vectors more or less in the second-level cache
+        return (each + 1.5) * rows * vectors * (1.0 + 0.01 * abs(math.log2(vectors / 4))) + 4.5 * vectors
+    if target.vector_registers < 32:
+        crowded = rows * vectors + vectors * (2 if product.offset else 1) > 12
+    else:
+        crowded = (2 * rows * vectors + vectors) / target.vector_registers > 0.75
+    return (each * rows * vectors + 4.5 * vectors + 1.5 * rows) * (1.15 if crowded else 1.0)
 
 
 def amx_step_cost(rows: int, panels: int) -> float:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from attntune.ops.int8 import INT8_MAX
+from attntune.ops.linear import Linear
+from attntune.ops.workload import TensorSpec
+from attntune.search.space import Config
+from attntune.target import Target
 from attntune.templates.cpu import bf16
-from attntune.templates.cpu.arithmetic import INT8_OFFSET, GroupedBytes
+from attntune.templates.cpu.arithmetic import INT8_OFFSET, Arithmetic, GroupedBytes, Int8
 from attntune.templates.cpu.linear_kernel import LinearKernel, Panels
+from attntune.templates.cpu.vectors import chained
+
+#: Products of so many instructions are written out for a whole group; longer ones are looped over, or LLVM takes all
+#: of a group's weights first, which 16 registers do not hold. (512×576→960, 8 bits, tiles of 4×2, Zen 3, GFLOP/s: 176,
+#: 193.)
+_WRITTEN_OUT = 2
+_LOCAL = {"scope": "local"}
 
 
 class QuantizedRowsKernel(LinearKernel):
@@ -97,21 +108,26 @@ class QuantizedRowsKernel(LinearKernel):
 
 
 class Int8LinearKernel(QuantizedRowsKernel):
-    """Quadruples of int8 weights (``vpdpbusd``)."""
+    """Quadruples of int8 weights."""
 
     def _multiplied(self, operand: dict[str, Any]) -> None:
         from tvm.tirx.script.builder import ir as T
 
         super()._multiplied(operand)
         self.operand["weight"] = self._words(operand["weight"])
-        self.start = T.sblock_alloc_buffer((self.w.rows, self.w.groups), "int32")
+        assert isinstance(self.arithmetic, Int8), f"expected an int8 weight, got {self.w}"
+        #: What is left in a sum, for each unit of x, of what made weights unsigned.
+        self.excess = INT8_OFFSET - self.arithmetic.product.offset
+        if self.excess:
+            self.start = T.sblock_alloc_buffer((self.w.rows, self.w.groups), "int32")
 
     def _keep_sum(self, i: Any, g: Any, total: Any) -> None:
-        """What sums with unsigned weights start from."""
+        """What sums start from."""
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
-        T.buffer_store(self.start, total * tirx.const(-INT8_OFFSET, "int32"), [i, g])
+        if self.excess:
+            T.buffer_store(self.start, total * tirx.const(-self.excess, "int32"), [i, g])
 
     # -- tiles ---------------------------------------------------------------------------------------------------------
 
@@ -128,10 +144,11 @@ class Int8LinearKernel(QuantizedRowsKernel):
         def held(a: int, v: int) -> Any:
             return self.v.load(total, [a, v, 0])
 
+        def first(i: Any, g: Any) -> Any:
+            return self.v.broadcast(self.start[i, g] if self.excess else tirx.const(0, "int32"))
+
         def group(g: Any, steps: int) -> None:
-            sums = self._reduce(
-                exact, row, panels, g * per_group, steps, lambda a: self.v.broadcast(self.start[row + a, g])
-            )
+            sums = self._reduce(exact, row, panels, g * per_group, steps, lambda a: first(row + a, g))
             for a, v in each:
                 scaled = tirx.Cast(self.v.dtype, sums(a, v)) * self.v.broadcast(self.step[row + a, g])
                 self.v.store(total, [a, v, 0], held(a, v) + scaled)
@@ -153,6 +170,16 @@ class Int8LinearKernel(QuantizedRowsKernel):
 
 class GroupedBytesLinearKernel(QuantizedRowsKernel):
     """Quadruples of 4 or 8 bit weights; x and the weight share their groups."""
+
+    def __init__(
+        self, w: Linear, target: Target, config: Config, arithmetic: Arithmetic, packed: Mapping[str, TensorSpec]
+    ) -> None:
+        super().__init__(w, target, config, arithmetic, packed)
+        assert isinstance(arithmetic, GroupedBytes), f"expected weights quantised by groups, got {w}"
+        self.stored = arithmetic
+        self.product = arithmetic.product
+        self.words = w.x_group // arithmetic.group
+        self.row_loop = bool(config["row_loop"])
 
     def _multiplied(self, operand: dict[str, Any]) -> None:
         from tvm.tirx.script.builder import ir as T
@@ -180,47 +207,118 @@ class GroupedBytesLinearKernel(QuantizedRowsKernel):
         T.buffer_store(self.totals, tirx.Cast("float32", total) * self.step[i, g], [i, g])
 
     def _sums(self, row: Any, rows: int, panels: Panels) -> Callable[[int, int], Any]:
-        """As of the base class: exact int32 sums within a group, then scales and minima in float32."""
+        """As of the base class: exact sums within a group, then scales and minima in float32."""
+        from tvm.tirx.script.builder import ir as T
+
+        wide = panels.count * self.parts
+        assert self.w.x_group // 4 <= self.product.most, f"expected groups of at most {4 * self.product.most} values"
+        total = T.sblock_alloc_buffer((rows, wide, self.lanes), "float32", **({} if self.row_loop else _LOCAL))
+
+        def held(a: Any, v: int) -> Any:
+            return self.v.load(total, [a, v, 0])
+
+        def clear(a: Any) -> None:
+            for v in range(wide):
+                self.v.store(total, [a, v, 0], self.v.splat(0.0))
+
+        def add(a: Any, v: int, g: Any, sums: Any, scale: Any, minimum: Any) -> None:
+            """A group's sums of integers, in the units of y."""
+            from tvm import tirx
+
+            worth = scale * self.v.broadcast(self.step[row + a, g])
+            value = held(a, v) + minimum * self.v.broadcast(self.totals[row + a, g])
+            self.v.store(total, [a, v, 0], value + tirx.Cast(self.v.dtype, self.product.total(sums)) * worth)
+
+        if self.row_loop:
+            with T.serial(rows) as a:
+                clear(a)
+            with T.serial(self.w.groups) as g:
+                for v in range(wide):
+                    self._rows_of_group(g, row, rows, panels, v, add)
+            return held
+        for a in range(rows):
+            clear(a)
+        with T.serial(self.w.groups) as g:
+            self._tile_of_group(g, row, rows, panels, add)
+        return held
+
+    def _rows_of_group(self, g: Any, row: Any, rows: int, panels: Panels, v: int, add: Callable[..., None]) -> None:
+        """One row after another, times a panel's weights of a group, which are unpacked once and stay in registers."""
+        from tvm.tirx.script.builder import ir as T
+
+        words = range(self.words)
+        fours = [T.bind(four) for n in words for four in self._quadruples(panels, v, g, n)]
+        scale, minimum = self._units(panels, v, g)
+
+        def one(a: Any, _: int) -> None:
+            sums = self._no_sums()
+            for q, four in enumerate(fours):
+                spread = self.v.broadcast(self.operand["x"][row + a, g * len(fours) + q])
+                sums = T.bind(self.arithmetic.multiply_add(sums, spread, four))
+            add(a, v, g, sums, scale, minimum)
+
+        chained(rows, 2, 1, one)
+
+    def _tile_of_group(self, g: Any, row: Any, rows: int, panels: Panels, add: Callable[..., None]) -> None:
+        """All rows of a tile side by side."""
         from tvm import tirx
         from tvm.tirx.script.builder import ir as T
 
-        stored, w, lanes = self.arithmetic, self.w, self.lanes
-        assert isinstance(stored, GroupedBytes), f"expected weights quantised by groups, got {w}"
-        wide, words = panels.count * self.parts, w.x_group // stored.group
-        exact = T.sblock_alloc_buffer((rows, wide, lanes), "int32", scope="local")
-        total = T.sblock_alloc_buffer((rows, wide, lanes), "float32", scope="local")
-        each = [(a, v) for a in range(rows) for v in range(wide)]
-        weight, x = self.operand["weight"], self.operand["x"]
+        kind, width = self.product.sums.split("x")
+        wide, sums_of = panels.count * self.parts, tirx.Ramp(0, 1, int(width))
+        exact = T.sblock_alloc_buffer((rows, wide, int(width)), kind, **_LOCAL)
 
-        def whole(a: int, v: int) -> Any:
-            return exact.vload([a, v, 0], dtype=f"int32x{lanes}")
+        def sums(a: int, v: int) -> Any:
+            return exact.vload([a, v, 0], dtype=self.product.sums)
 
-        def stored_scale(name: str, v: int, g: Any) -> Any:
-            return T.bind(
-                tirx.Cast(
-                    self.v.dtype, self.operand[name].vload([self._part(panels, v), g, 0], dtype=f"float16x{lanes}")
-                )
-            )
-
-        for a, v in each:
-            self.v.store(total, [a, v, 0], self.v.splat(0.0))
-        with T.serial(w.groups) as g:
-            for a, v in each:
-                self.v.store(exact, [a, v, 0], tirx.Broadcast(tirx.const(0, "int32"), lanes))
-            for n in range(words):
-                for v in range(wide):
-                    at = [self._part(panels, v), g * words + n, 0]
-                    if self.prefetch:
-                        self.v.prefetch(weight, [at[0], at[1] + self.prefetch, 0], self.prefetch_level)
-                    quadruples = stored.quadruples(T.bind(weight.vload(at, dtype=f"int32x{lanes}")), lanes)
-                    for q, four in enumerate(map(T.bind, quadruples)):
-                        for a in range(rows):
-                            spread = self.v.broadcast(x[row + a, (g * words + n) * len(quadruples) + q])
-                            self.v.store(exact, [a, v, 0], stored.multiply_add(whole(a, v), spread, four))
+        def word(n: Any) -> None:
             for v in range(wide):
-                scale, minimum = (stored_scale(name, v, g) for name in ("scale", "minimum"))
-                for a in range(rows):
-                    worth = scale * self.v.broadcast(self.step[row + a, g])
-                    value = self.v.load(total, [a, v, 0]) + minimum * self.v.broadcast(self.totals[row + a, g])
-                    self.v.store(total, [a, v, 0], value + tirx.Cast(self.v.dtype, whole(a, v)) * worth)
-        return lambda a, v: self.v.load(total, [a, v, 0])
+                quadruples = self._quadruples(panels, v, g, n)
+                for q, four in enumerate(map(T.bind, quadruples)):
+                    for a in range(rows):
+                        at = (g * self.words + n) * len(quadruples) + q
+                        spread = self.v.broadcast(self.operand["x"][row + a, at])
+                        added = self.arithmetic.multiply_add(sums(a, v), spread, four)
+                        T.buffer_store(exact, added, [a, v, sums_of])
+
+        for a in range(rows):
+            for v in range(wide):
+                T.buffer_store(exact, self._no_sums(), [a, v, sums_of])
+        if self.product.instructions > _WRITTEN_OUT:
+            with T.serial(self.words) as n:
+                word(n)
+        else:
+            for n in range(self.words):
+                word(n)
+        for v in range(wide):
+            scale, minimum = self._units(panels, v, g)
+            for a in range(rows):
+                add(a, v, g, sums(a, v), scale, minimum)
+
+    def _no_sums(self) -> Any:
+        from tvm import tirx
+
+        kind, width = self.product.sums.split("x")
+        return tirx.Broadcast(tirx.const(0, kind), int(width))
+
+    def _quadruples(self, panels: Panels, v: int, g: Any, n: Any) -> list[Any]:
+        """Vectors of four bytes a lane: word ``n`` of group ``g`` of a panel, unpacked."""
+        from tvm.tirx.script.builder import ir as T
+
+        weight, at = self.operand["weight"], [self._part(panels, v), g * self.words + n, 0]
+        if self.prefetch:
+            self.v.prefetch(weight, [at[0], at[1] + self.prefetch, 0], self.prefetch_level)
+        return self.stored.quadruples(T.bind(weight.vload(at, dtype=self.product.words)), self.lanes)
+
+    def _units(self, panels: Panels, v: int, g: Any) -> tuple[Any, Any]:
+        """What a unit of the weights of group ``g`` is worth in a panel, and what every weight is at least."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        at, narrow = [self._part(panels, v), g, 0], f"float16x{self.lanes}"
+        scale, minimum = (
+            T.bind(tirx.Cast(self.v.dtype, self.operand[name].vload(at, dtype=narrow))) for name in ("scale", "minimum")
+        )
+        if self.product.offset:
+            minimum = T.bind(minimum + scale * self.v.splat(float(self.product.offset)))
+        return scale, minimum
