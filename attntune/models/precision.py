@@ -36,7 +36,7 @@ _INSTEAD = {"int8": "int8_float32", "w4a8": "int4"}
 _INT8 = ("int8", "int8_float32")
 #: Precisions that are float32 but for linear layers and embeddings, whose weights are quantised by groups.
 _BY_GROUPS = ("int4", "w4a8")
-_FLOAT32_ELSEWHERE = ("float32", "int8_float32", *_BY_GROUPS)
+_FLOAT32_BETWEEN = ("float32", "int8_float32", *_BY_GROUPS)
 #: Operators without kernels that multiply 16 bits.
 _FLOAT32_ONLY = ("additive_attention", "gru_sequence", "lstm_sequence")
 
@@ -85,7 +85,7 @@ def fitting(
         ModelError: the precision is unknown.
     """
     found, reason = supported(precision, target)
-    if model is not None and found not in _FLOAT32_ELSEWHERE:
+    if model is not None and found not in _FLOAT32_BETWEEN:
         called = {call.op for entry in model.entries for call in model.calls(entry)}
         if only := sorted(called & set(_FLOAT32_ONLY)):
             found, _ = supported(_INSTEAD.get(precision, "float32"), target)
@@ -132,15 +132,15 @@ def at_precision(model: Model, precision: str) -> Model:
     )
 
 
-def _half(precision: str) -> str:
-    """The dtype in which a precision of other than 32 bits hands on what it computes."""
+def _float(precision: str) -> str:
+    """The float dtype that operators hand on at a precision other than float32."""
     return {"float16": "float16", "int8_float32": "float32"}.get(precision, "bfloat16")
 
 
 def _narrowed(specs: tuple[InputSpec, ...], precision: str) -> tuple[InputSpec, ...]:
     """What is carried from call to call has the precision's own dtype."""
     return tuple(
-        dataclasses.replace(spec, dtype=_half(precision)) if spec.carried and spec.dtype == "float32" else spec
+        dataclasses.replace(spec, dtype=_float(precision)) if spec.carried and spec.dtype == "float32" else spec
         for spec in specs
     )
 
@@ -181,15 +181,15 @@ def _reading(call: OpCall, before: OpCall, inputs: Sequence[str]) -> OpCall:
 
 
 def _retyped(call: OpCall, precision: str, is_output: bool, is_read: bool, weights: Mapping[str, object]) -> OpCall:
-    exact, half = _exact(call), _half(precision)
-    widens = is_output and half != "float32"
+    exact, narrow = _exact(call), _float(precision)
+    widens = is_output and narrow != "float32"
     if widens and (call.op not in _WIDENING or is_read):
         raise ModelError(
             f"{precision}: expected output {call.result!r} to be made by one of {_WIDENING} and read by no other "
             f"operator, got {call.op!r}"
         )
     dtypes = [
-        half if dtype == "float32" and name not in exact else dtype
+        narrow if dtype == "float32" and name not in exact else dtype
         for name, dtype in zip(call.args, call.arg_dtypes, strict=True)
     ]
     args, shapes, attrs = list(call.args), list(call.arg_shapes), dict(call.attrs)
@@ -202,9 +202,9 @@ def _retyped(call: OpCall, precision: str, is_output: bool, is_read: bool, weigh
         attrs["out_dtype"] = "float32"
     first, *others = call.result_dtypes
     if first == "float32" and not is_output:
-        first = half
+        first = narrow
     if call.op == "kv_append":
-        others = [half] * len(others)
+        others = [narrow] * len(others)
     return dataclasses.replace(
         call, args=tuple(args), arg_shapes=tuple(shapes), arg_dtypes=tuple(dtypes), attrs=attrs,
         result_dtypes=(first, *others),
@@ -232,5 +232,5 @@ def _weights(model: Model, precision: str) -> dict[str, np.ndarray]:
             converted[name], converted[name + _SCALE] = quantize_weight(values)
         else:
             narrows = values.dtype == np.float32 and name not in exact
-            converted[name] = as_dtype(values, _half(precision)) if narrows else values
+            converted[name] = as_dtype(values, _float(precision)) if narrows else values
     return converted

@@ -69,10 +69,12 @@ def test_the_largest_products_of_int8_weights_are_exact(name, rows):
     np.testing.assert_allclose(y.array, layer.reference(x, weight, scale)[0], rtol=1e-6, atol=1e-3)
 
 
-def test_instructions_are_those_of_the_target():
-    layer = Linear(1, 64, 32, weight_dtype="uint4", x_dtype="int8")
+@pytest.mark.parametrize("weight", [{"weight_dtype": "uint4", "x_dtype": "int8"}, {"weight_dtype": "int8"}])
+def test_instructions_are_those_of_the_target(weight):
+    layer = Linear(1, 64, 32, **weight)
     template = LinearCPU()
-    expected = {"v3": "vpmaddubsw", "v4": "vpmaddubsw", "vnni-256": "vpdpbusd"}
+    signed = "vpsignb" if weight["weight_dtype"] == "int8" else "vpmaddubsw"
+    expected = {"v3": signed, "v4": "vpmaddubsw", "vnni-256": "vpdpbusd"}
     for name, instruction in expected.items():
         target = TARGETS[name]
         module = template.schedule(layer, target, template.default(layer, target))
