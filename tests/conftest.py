@@ -15,6 +15,7 @@ os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
 _APART = Path(__file__).parent / "contract"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads what is marked here
 def pytest_collection_modifyitems(items):
     """Of tests that run side by side, those of a file stay together, but for a folder's that are shared out singly."""
     for item in items:
