@@ -266,9 +266,11 @@ class LinearCPU(ScheduleTemplate):
         return min(self.space(workload, target), key=cost)
 
     def pack(self, workload: Workload, target: Target) -> Mapping[str, Packing]:
-        """Weight to panels (see :class:`Arithmetic`), those of a gate and of what it multiplies in turns.
+        """Weight to panels (see :class:`Arithmetic`), those of a gate before those of what it multiplies.
 
-        Bias and scale become float32 in the same order. Columns past out_features hold zeros.
+        In turns each would be read with gaps. (One row of 576 → 2 × 1536 from memory, 2 cores of Zen 3: 40 µs at
+        w4a8, in turns 51; with int8 weights 57, 72; in float32 199, 208.) Bias and scale become float32 in the same
+        order. Columns past out_features hold zeros.
         """
         w = _linear(workload)
         arithmetic = _arithmetic(w, target)
@@ -277,12 +279,11 @@ class LinearCPU(ScheduleTemplate):
         steps = arithmetic.steps(w)
 
         def in_panels(values: np.ndarray) -> np.ndarray:
-            """(weight_rows, …) → (panels·parts, lanes, …)."""
+            """(weight_rows, …) → (parts·panels, lanes, …)."""
             rest = values.shape[1:]
             padded = np.zeros((parts, panels * lanes, *rest), values.dtype)
             padded[:, : w.out_features] = values.reshape(parts, w.out_features, *rest)
-            split = padded.reshape(parts, panels, lanes, *rest)
-            return np.ascontiguousarray(np.moveaxis(split, 0, 1)).reshape(panels * parts, lanes, *rest)
+            return padded.reshape(parts * panels, lanes, *rest)
 
         def weight(values: np.ndarray) -> np.ndarray:
             widened = np.zeros((values.shape[0], steps * group), values.dtype)
@@ -293,7 +294,7 @@ class LinearCPU(ScheduleTemplate):
             return in_panels(np.asarray(values, np.float32)).reshape(-1)
 
         def by_group(values: np.ndarray) -> np.ndarray:
-            """(weight_rows, groups) → (panels·parts, groups, lanes)."""
+            """(weight_rows, groups) → (parts·panels, groups, lanes)."""
             return np.ascontiguousarray(in_panels(values).transpose(0, 2, 1))
 
         stored = "uint8" if w.quantized else "int32" if w.grouped else w.dtype

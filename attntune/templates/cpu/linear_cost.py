@@ -80,7 +80,7 @@ def bytes_step_cost(rows: int, vectors: int, target: Target, bits: int, row_loop
     if row_loop:  # x is loaded for each vector; of few or many vectors more or less in the second-level cache
         return (each + 1.5) * rows * vectors * (1.0 + 0.01 * abs(math.log2(vectors / 4))) + 4.5 * vectors
     if target.vector_registers < 32:
-        crowded = rows * vectors + vectors * (2 if product.offset else 1) > 12
+        crowded = rows * vectors + 2 * vectors > 12
     else:
         crowded = (2 * rows * vectors + vectors) / target.vector_registers > 0.75
     return (each * rows * vectors + 4.5 * vectors + 1.5 * rows) * (1.15 if crowded else 1.0)

@@ -250,7 +250,7 @@ class LinearKernel:
 
     def _part(self, panels: Panels, v: Any) -> Any:
         """Which of the weight's panels ``v`` is, counted over those of both parts."""
-        return panels.at(v // self.parts) * self.parts + v % self.parts
+        return v % self.parts * self.panels + panels.at(v // self.parts)
 
     # -- epilogue ------------------------------------------------------------------------------------------------------
 
