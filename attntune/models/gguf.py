@@ -190,17 +190,21 @@ def _rope_scaling(
     kind = given.get("rope.scaling.type", "none")
     if kind not in ("none", "linear", "yarn"):
         raise unsupported(f"{architecture}.rope.scaling.type", kind, ["none", "linear", "yarn"], source)
-    factor = float(given.get("rope.scaling.factor", 1.0))
-    if kind == "none" or factor == 1.0:
+
+    def number(name: str, default: float) -> float:
+        found = given.get(f"rope.scaling.{name}", default)
+        if not isinstance(found, int | float) or found <= 0:
+            raise unsupported(f"{architecture}.rope.scaling.{name}", found, "a positive number", source)
+        return float(found)
+
+    factor = 1.0 if kind == "none" else number("factor", 1.0)
+    if factor == 1.0:
         return rope_scaling.RopeScaling()
     if kind == "linear":
         return rope_scaling.RopeScaling((factor,) * (head_dim // 2))
-    trained = float(given.get("rope.scaling.original_context_length", given["context_length"]))
-    fast, slow = (
-        float(given.get(f"rope.scaling.yarn_beta_{name}", default))
-        for name, default in (("fast", rope_scaling.FAST), ("slow", rope_scaling.SLOW))
-    )
-    magnitude = float(given.get("rope.scaling.attn_factor", 1.0)) * rope_scaling.yarn_magnitude(factor)
+    trained = number("original_context_length", given["context_length"])
+    fast, slow = number("yarn_beta_fast", rope_scaling.FAST), number("yarn_beta_slow", rope_scaling.SLOW)
+    magnitude = number("attn_factor", 1.0) * rope_scaling.yarn_magnitude(factor)
     return rope_scaling.yarn(head_dim, theta, factor, trained, fast=fast, slow=slow, magnitude=magnitude)
 
 

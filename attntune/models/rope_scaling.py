@@ -105,8 +105,10 @@ def yarn_magnitude(factor: float, share: float = 1.0) -> float:
 def _yarn_from_config(scaling: Mapping[str, Any], head_dim: int, theta: float, positions: int) -> RopeScaling:
     given = {name: value for name, value in scaling.items() if value is not None}
     (factor,) = _positive(scaling, "factor")
-    magnitude = given.get("attention_factor")
-    if magnitude is None and given.get("mscale") and given.get("mscale_all_dim"):
+    magnitude = None
+    if "attention_factor" in given:
+        (magnitude,) = _positive(scaling, "attention_factor")
+    elif given.get("mscale") and given.get("mscale_all_dim"):
         shares = _positive(scaling, "mscale", "mscale_all_dim")
         magnitude = yarn_magnitude(factor, shares[0]) / yarn_magnitude(factor, shares[1])
     defaults = {"original_max_position_embeddings": positions, "beta_fast": FAST, "beta_slow": SLOW}

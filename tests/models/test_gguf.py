@@ -65,7 +65,7 @@ def write_gguf(path, tensors=None, **fields):
     writer.add_chat_template("{{ messages }}")
     if "rope_scaling" in fields:
         writer.add_rope_scaling_type(gguf.RopeScalingType(fields.pop("rope_scaling")))
-        writer.add_rope_scaling_factor(2.5)
+        writer.add_rope_scaling_factor(fields.pop("rope_factor", 2.5))
         writer.add_rope_scaling_orig_ctx_len(32)
     if (factors := fields.pop("rope_factors", None)) is not None:
         writer.add_tensor("rope_freqs.weight", factors)
@@ -166,6 +166,7 @@ def test_command_line_draws_what_its_tokens_attend_to(capsys, tmp_path):
         ({"tokenizer": "rwkv"}, r"tokenizer.ggml.model 'rwkv' is not supported; expected \['gpt2', 'llama'\]"),
         ({"rope_factors": np.ones(3, np.float32)}, "expected rope_freqs.weight of 4 values, got"),
         ({"pre": "tekken"}, "tokenizer.ggml.pre 'tekken' is not supported; expected .*smollm"),
+        ({"rope_scaling": "yarn", "rope_factor": 0.0}, "llama.rope.scaling.factor 0.0 is not supported; .*positive"),
         ({"rope_scaling": "longrope"}, "llama.rope.scaling.type 'longrope' is not supported"),
     ],
 )

@@ -109,6 +109,10 @@ def test_the_config_of_generation_says_where_a_text_ends(tmp_path):
             {"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": "x"}},
             "rope_scaling .* expected .*positive numbers for .*beta_fast",
         ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2, "attention_factor": "x"}},
+            "rope_scaling .* expected .*positive numbers for attention_factor",
+        ),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "rope_scaling .* expected .*low_freq_factor below"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling .* is not supported; expected 'positive"),
         ({"hidden_act": "xielu"}, "hidden_act 'xielu' is not supported; expected one of"),

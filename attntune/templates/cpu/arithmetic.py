@@ -95,7 +95,7 @@ class Bfloat16(Arithmetic):
 
 
 class Int8(Arithmetic):
-    """Quadruples of unsigned weights (int8 + 128) and signed x, exact int32 sums: see :mod:`products`."""
+    """Quadruples of unsigned weights (int8 + 128) and signed x, exact int32 sums; see ``products.py``."""
 
     group = 4
     word = "int32"

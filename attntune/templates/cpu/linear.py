@@ -77,7 +77,7 @@ One row of 4 bits on 2 cores of Zen 3, µs from a cache and from memory (SmolLM2
     shift, and, or                    20    28      55    83        27    43       1070    1380
     and, conversion to float          15    26      43    75        22    40        890    1180
 
-Many rows of x in 8 bits on 2 cores of Zen 3, GFLOP/s (512 rows; float32: 180-188, its peak 205):
+512 rows of x in 8 bits on 2 cores of Zen 3, GFLOP/s, the least of times (float32: 180-188, its peak 205):
 
                                                               576 → 960   576 → 2 × 1536   1536 → 576
     4 bits, sums of four products, tiles of 5×1, 2×1                217              240          215
