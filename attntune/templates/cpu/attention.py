@@ -31,6 +31,21 @@ The same on 2 cores of Zen 3 (AVX2, measured peak 189), 12 heads of 64, softmax 
     + 3 × 4                                                       107
     + values of a pass copied side by side                        112  (PyTorch's layout: 130 either way)
 
+and in quieter moments there (peak 197 to 205), the quickest of hundreds of runs, PyTorch's layout / side by side:
+
+    seq 512, as above                                             162 / 150
+    + sums of scores begin with a product, terms come last        162 / 157
+    + 4 components a pass, softmax of one vector after another    163 / 160
+    + blocks of 64 keys, or 96 queries and 128 keys if copied     168 / 165
+    seq 1024, all of that, 96 queries and 64 keys                 172 (160 before)
+    keys copied side by side, too: 2 to 3 % slower, but for a stride of a power of two (2 % faster)
+    2 vectors of the head × 6 queries: 0 to 3 % slower than 3 × 4
+
+Sums of 64 products, 12 in registers, take 384 cycles there, 408 if they begin with zero and are stored, and 389 if they
+begin with a product: a store takes a cycle from multiply-adds, which read three operands, and none from products. An
+exponential takes 5.6 cycles a vector whatever its polynomial's form; on 64 components that is 8 % of the time. Linear
+layers, whose sums are of 384 products and more, gain nothing: in such moments they are at 98 % of the peak.
+
 On 2 cores of Emerald Rapids Zen 4's default (3 vectors × 4 keys, blocks of 96 queries and 256 keys) takes 0.99 to 1.11
 times as long as 4 × 4 and 64 × 64, or 3 × 4 and 48 × 64 where causal, in the mean of 20 shapes 1.035; 4 × 6 is as fast.
 """
@@ -97,6 +112,7 @@ class AttentionCPU(ScheduleTemplate):
         """Register tiles of a dozen accumulators, blocks of about 96 queries and 256 keys, balanced cores.
 
         Where two multiply-adds of 512 bits start in a cycle: blocks of 64 queries, or 48 where causal, and 64 keys.
+        With 16 registers: 48 queries and 64 keys, or 96 and 128 where values are copied.
         """
         w = _attention(workload)
         lanes, registers = target.lanes("float32"), target.vector_registers
@@ -108,6 +124,12 @@ class AttentionCPU(ScheduleTemplate):
             # Narrow tiles leave more of them to skip beyond the diagonal.
             sums, wide, height = (12, 3, 3) if w.causal else (16, 4, 4)
             length = 64 if w.causal or w.kv_len > 128 else 128
+        # Rows of a head that lie side by side fit the cache as they are; with 32 registers a copy was 5 % slower.
+        copies = registers < 32 and not w.heads_apart("value")
+        if registers < 32:
+            # Scores and the values that they weight then stay in a first-level cache of 32 KiB.
+            length = 128 if copies else 64
+            height = 12 if copies or w.kv_len >= 1024 else 6
 
         def cost(config: Config) -> tuple[float, str]:
             vectors, tile, rows = (config.integer(n) for n in ("query_vectors", "key_tile", "out_rows"))
@@ -130,10 +152,8 @@ class AttentionCPU(ScheduleTemplate):
             keys_and_values = 8 * w.kv_len * w.kv_heads * w.head_dim
             local = w.batch % target.cores != 0 and w.layout == "bshd" and keys_and_values <= target.l2_bytes // 2
             order = 1.0 if config["heads_inner"] == local else 1.01
-            # Rows of a head that lie side by side fit the cache as they are; few queries have little use of a copy.
-            # With 32 registers it was 5 % slower.
-            queries = min(block_vectors, query_vectors) * lanes
-            copied = not w.heads_apart("value") and queries >= _COPY_QUERIES and registers < 32
+            # Few queries have little use of a copy.
+            copied = copies and min(block_vectors, query_vectors) * lanes >= _COPY_QUERIES
             if config.get("copy_values", copied) != copied:
                 order *= 1.02
             return imbalance * tiles * shape * blocked * order, config.key()

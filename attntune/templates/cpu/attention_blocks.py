@@ -56,6 +56,8 @@ class AttentionBlocks:
         self.v = Vectors(target.lanes("float32"))
         self.lanes = self.v.lanes
         self.cores = target.cores
+        #: Whether the registers are AVX2's 16, which hold little beside a tile's sums.
+        self.few_registers = target.vector_registers < 32
         self.vectors = config.integer("query_vectors")
         self.block_vectors = self.vectors * config.integer("query_tiles")
         self.key_block = min(config.integer("key_block"), w.kv_len)

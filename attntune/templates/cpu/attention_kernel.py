@@ -203,13 +203,16 @@ class AttentionKernel(AttentionScores):
                     T.buffer_store(self.alpha, shrink, [at + lane])
             v.store(self.top, [at], v.load(best, [k, 0]))
             v.store(added, [k, 0], v.splat(0.0))
-        with T.serial(high - low) as n:
-            j = low + n
-            for k in range(vectors):
-                with T.vectorized(lanes) as lane:
-                    power = tmath.exp2_nonpositive(self.p[tuple(self._s(g + k, j, lane))] - best[k, lane])
-                    T.buffer_store(self.p, power, self._s(g + k, j, lane))
-                v.store(added, [k, 0], v.load(added, [k, 0]) + v.load(self.p, self._s(g + k, j)))
+        # One vector after another leaves few registers to the polynomial's constants.
+        together = 1 if self.few_registers else vectors
+        for part in range(0, vectors, together):
+            with T.serial(high - low) as n:
+                j = low + n
+                for k in range(part, part + together):
+                    with T.vectorized(lanes) as lane:
+                        power = tmath.exp2_nonpositive(self.p[tuple(self._s(g + k, j, lane))] - best[k, lane])
+                        T.buffer_store(self.p, power, self._s(g + k, j, lane))
+                    v.store(added, [k, 0], v.load(added, [k, 0]) + v.load(self.p, self._s(g + k, j)))
         for k in range(vectors):
             at = (g + k) * lanes
             total = v.load(added, [k, 0])

@@ -8,6 +8,9 @@ from attntune.ops.attention import MASKED
 from attntune.ops.attention_expression import modified
 from attntune.templates.cpu.attention_blocks import LOG2_E, AttentionBlocks
 
+#: Components of the head that a pass of a tile's loop multiplies.
+_UNROLL = 4
+
 
 class AttentionScores(AttentionBlocks):
     """Scores of one block of queries against one block of keys, key by key, in base-2 units."""
@@ -83,23 +86,42 @@ class AttentionScores(AttentionBlocks):
         at = at if isinstance(at, int) else T.bind(at)
         row = [T.bind(self.start + T.min(at + a, self.keys - 1)) if edge else self.start + at + a
                for a in range(height)]  # fmt: skip
-        for a in range(height):
-            for k in range(vectors):
-                initial = v.splat(0.0)
-                if self.pair_terms:
-                    initial = v.load(self.p, self._s(g + k, at + a))
-                if self.key_terms:
-                    term = v.broadcast(self.terms[at + a])
-                    initial = initial + term if self.pair_terms else term
-                v.store(acc, [a, k, 0], initial)
-        with T.serial(w.head_dim) as d:
+        terms = self.key_terms or self.pair_terms
+
+        def term(a: int, k: int) -> Any:
+            found = []
+            if self.pair_terms:
+                found.append(v.load(self.p, self._s(g + k, at + a)))
+            if self.key_terms:
+                found.append(v.broadcast(self.terms[at + a]))
+            return sum(found[1:], found[0])
+
+        # Where registers are few a term comes last, and the sum begins with a product: see the ladder.
+        begins_with_term = terms and not self.few_registers
+        if begins_with_term:
+            for a in range(height):
+                for k in range(vectors):
+                    v.store(acc, [a, k, 0], term(a, k))
+
+        def step(d: Any, begins: bool) -> None:
             for a in range(height):
                 key = v.broadcast(self._key(row[a], d))
                 for k in range(vectors):
-                    v.store(acc, [a, k, 0], v.load(acc, [a, k, 0]) + key * v.load(self.qt, self._q(g + k, d)))
+                    product = key * v.load(self.qt, self._q(g + k, d))
+                    v.store(acc, [a, k, 0], product if begins else v.load(acc, [a, k, 0]) + product)
+
+        peeled = w.head_dim % _UNROLL or min(_UNROLL, w.head_dim)
+        for d in range(peeled):
+            step(d, begins=d == 0 and not begins_with_term)
+        with T.serial((w.head_dim - peeled) // _UNROLL) as part:
+            for d in range(_UNROLL):
+                step(peeled + part * _UNROLL + d, begins=False)
         for a in range(height):
             for k in range(vectors):
                 score = v.load(acc, [a, k, 0])
+                if terms and not begins_with_term:
+                    v.store(acc, [a, k, 0], score + term(a, k))
+                    score = v.load(acc, [a, k, 0])
                 if edge and w.causal and not self.general:
                     for allowed in self._visible(g + k, v.broadcast(self.start + at + a)):
                         score = tirx.Select(allowed, score, v.splat(MASKED))
