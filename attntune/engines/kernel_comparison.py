@@ -105,7 +105,7 @@ class KernelComparison:
     results: tuple[KernelResult, ...]
     engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     peaks: Mapping[str, Any] = field(default_factory=dict)
-    """The better of two measurements, before and after the suite, of each limit; see ``measure_peaks``."""
+    """The best measurement of each limit, before, after and beside the rounds of the suite; see ``measure_peaks``."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
     time: str = ""

@@ -23,6 +23,22 @@ def rms_norm(call: OpCall) -> Callable[..., Any]:
     return step
 
 
+def head_norm(call: OpCall) -> Callable[..., Any]:
+    """Queries and keys of packed qkv over their root mean square, head by head."""
+    import torch
+    from torch.nn import functional as F
+
+    head_dim, eps = call.attrs["head_dim"], float(call.attrs["eps"])
+    normed = call.attrs["heads"] + call.attrs["kv_heads"]
+
+    def step(_: Any, qkv: Any, weight: Any) -> Any:
+        heads = qkv.unflatten(-1, (-1, head_dim))
+        scaled = F.rms_norm(heads[..., :normed, :], (head_dim,), None, eps) * weight
+        return torch.cat([scaled, heads[..., normed:, :]], -2).flatten(-2)
+
+    return step
+
+
 def positions(x: Any, lengths: Any | None, offset: int = 0) -> Any:
     """Of the tokens of x (batch, seq, …): (seq,), or (batch, seq) counted back from ``lengths``."""
     import torch
@@ -126,6 +142,7 @@ def top_k(call: OpCall) -> Callable[..., Any]:
 MAKERS: dict[str, Callable[[OpCall], Callable[..., Any]]] = {
     "argmax": argmax,
     "embedding": embedding,
+    "head_norm": head_norm,
     "kv_append": kv_append,
     "relative_bias": relative_bias,
     "rms_norm": rms_norm,

@@ -194,6 +194,7 @@ def _attention(call: OpCall) -> Step:
     attrs = call.attrs
     heads, kv_heads, head_dim = attrs["heads"], attrs["kv_heads"], attrs["head_dim"]
     packed, causal, scale = bool(attrs["packed"]), bool(attrs["causal"]), attrs.get("scale")
+    window = int(attrs.get("window", 0))
     at = 1 if packed else 3
     places: list[int | None] = []
     for given in (attrs["mask"], attrs["bias"], attrs.get("lengths")):
@@ -206,9 +207,11 @@ def _attention(call: OpCall) -> Step:
         query, key, value = operands[0].split(widths, -1) if packed else operands[:3]
         batch, q_len, kv_len = query.shape[0], query.shape[1], key.shape[-2]
         mask, bias, lengths = (None if place is None else operands[place] for place in places)
-        name = (*sources, causal, q_len, kv_len)
+        name = (*sources, causal, window, q_len, kv_len)
         if name not in shared:
             exist = None if lengths is None else _exist(lengths, attrs["lengths"], causal, q_len, kv_len)
+            if window:
+                exist = _inside(window, lengths if attrs.get("lengths") == "kv" else None, exist, q_len, kv_len)
             triangle = causal and attrs.get("lengths") != "kv"
             shared[name] = _additive_mask(mask, bias, exist, triangle, query, kv_len, shared[_INSPECT])
         additive, attends = shared[name]
@@ -244,6 +247,17 @@ def _exist(lengths: Any, kind: str, causal: bool, q_len: int, kv_len: int) -> An
     if kind == "qkv":
         return found & (index < column)
     return found & (keys <= index + column - q_len) if causal else found
+
+
+def _inside(window: int, lengths: Any, exist: Any, q_len: int, kv_len: int) -> Any:
+    """``exist`` where keys are less than ``window`` before a query, whose position ``lengths`` may tell."""
+    import torch
+
+    at = torch.arange(q_len)[:, None]
+    if lengths is not None:
+        at = at + lengths.long()[:, None, None, None] - q_len
+    found = torch.arange(kv_len) > at - window
+    return found if exist is None else exist & found
 
 
 def _with_weights(

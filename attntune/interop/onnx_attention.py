@@ -77,7 +77,6 @@ def _operands(builder: GraphBuilder, call: OpCall) -> _Operands:
 
 def _allowed(builder: GraphBuilder, call: OpCall, operands: _Operands) -> str | None:
     """Bool, broadcastable to (batch, 1, q_len, kv_len): which keys a query may attend; None when all."""
-    causal = call.attrs["causal"]
     parts: list[str] = []
     if (mask := operands.mask) is not None:
 
@@ -86,9 +85,10 @@ def _allowed(builder: GraphBuilder, call: OpCall, operands: _Operands) -> str | 
 
         parts.append(builder.shared(("keep", mask), keep))
     if operands.lengths is not None:
-        parts += _within_lengths(builder, operands, operands.lengths, call.attrs["lengths"], causal)
-    if causal and call.attrs.get("lengths") != "kv":
-        parts.append(_causal(builder, operands))
+        parts += _within_lengths(builder, operands, operands.lengths, call.attrs["lengths"])
+    if call.attrs["causal"]:
+        first = operands.lengths if call.attrs.get("lengths") == "kv" else None
+        parts += _past(builder, operands, first, int(call.attrs.get("window", 0)))
     if not parts:
         return None
 
@@ -101,11 +101,8 @@ def _allowed(builder: GraphBuilder, call: OpCall, operands: _Operands) -> str | 
     return builder.shared(("allowed", *parts), all_of)
 
 
-def _within_lengths(builder: GraphBuilder, operands: _Operands, lengths: str, kind: str, causal: bool) -> list[str]:
-    """Bools (batch, 1, q_len|1, kv_len|1): keys that exist; with "qkv" queries too; with "kv" those before a query.
-
-    Query i of "kv" is number lengths[b] - q_len + i of its sequence.
-    """
+def _within_lengths(builder: GraphBuilder, operands: _Operands, lengths: str, kind: str) -> list[str]:
+    """Bools (batch, 1, q_len|1, kv_len|1): keys that exist; with "qkv" queries too."""
 
     def column(x: str) -> str:
         return builder.node("Unsqueeze", x, builder.ints(1, 2, 3))
@@ -125,26 +122,36 @@ def _within_lengths(builder: GraphBuilder, operands: _Operands, lengths: str, ki
             return builder.node("Less", index(), column(long(builder, lengths)))
 
         parts.append(builder.shared(("queries exist", lengths, operands.q_source), queries))
-    elif causal:
-
-        def before() -> str:
-            first = builder.node("Sub", long(builder, lengths), builder.dim(operands.q_source, 1))
-            at = builder.node("Add", column(first), index())
-            return builder.node("LessOrEqual", counted(builder, operands.kv_source, operands.kv_axis), at)
-
-        parts.append(builder.shared(("before", lengths, operands.q_source, operands.kv_source), before))
     return parts
 
 
-def _causal(builder: GraphBuilder, operands: _Operands) -> str:
-    """Bool (q_len, kv_len): key j is allowed for query i when j <= i."""
+def _past(builder: GraphBuilder, operands: _Operands, lengths: str | None, window: int) -> list[str]:
+    """Bools ([batch, 1,] q_len, kv_len): keys j up to a query's position p; with a ``window`` those after p - window.
+
+    Query i has position i, or lengths[b] - q_len + i where ``lengths`` are given.
+    """
     queries, keys, axis = operands.q_source, operands.kv_source, operands.kv_axis
 
-    def make() -> str:
-        rows = builder.node("Unsqueeze", counted(builder, queries), builder.ints(1))
-        return builder.node("LessOrEqual", counted(builder, keys, axis), rows)
+    def position() -> str:
+        index = builder.node("Unsqueeze", counted(builder, queries), builder.ints(1))
+        if lengths is None:
+            return index
+        first = builder.node("Sub", long(builder, lengths), builder.dim(queries, 1))
+        return builder.node("Add", builder.node("Unsqueeze", first, builder.ints(1, 2, 3)), index)
 
-    return builder.shared(("causal", queries, keys), make)
+    at = builder.shared(("position", lengths, queries), position)
+
+    def before() -> str:
+        return builder.node("LessOrEqual", counted(builder, keys, axis), at)
+
+    def inside() -> str:
+        outside = builder.node("Sub", at, builder.constant(window, "int64"))
+        return builder.node("Greater", counted(builder, keys, axis), outside)
+
+    parts = [builder.shared(("before", at, keys), before)]
+    if window:
+        parts.append(builder.shared(("inside", at, keys, window), inside))
+    return parts
 
 
 def _additive(builder: GraphBuilder, allowed: str, dtype: str) -> str:

@@ -19,6 +19,22 @@ def rms_norm(builder: GraphBuilder, call: OpCall) -> str:
     x, *residual, weight = call.args
     if residual:
         x = builder.node("Add", x, residual[0])
+    return _over_root_mean_square(builder, call, x, weight)
+
+
+def head_norm(builder: GraphBuilder, call: OpCall) -> str:
+    """Queries and keys of packed qkv over their root mean square, head by head."""
+    qkv, weight = call.args
+    attrs = call.attrs
+    normed = attrs["heads"] + attrs["kv_heads"]
+    sizes = builder.ints(normed * attrs["head_dim"], attrs["kv_heads"] * attrs["head_dim"])
+    together, value = builder.nodes_out("Split", qkv, sizes, outputs=2, axis=-1)
+    heads = builder.node("Reshape", together, builder.ints(0, 0, normed, attrs["head_dim"]))
+    scaled = _over_root_mean_square(builder, call, heads, weight)
+    return builder.node("Concat", builder.node("Reshape", scaled, builder.ints(0, 0, -1)), value, axis=-1)
+
+
+def _over_root_mean_square(builder: GraphBuilder, call: OpCall, x: str, weight: str) -> str:
     mean = reduce(builder, "ReduceMean", builder.node("Mul", x, x), -1, keepdims=1)
     root = builder.node(
         "Sqrt", builder.node("Add", mean, builder.constant(float(call.attrs["eps"]), call.result_dtype))
@@ -179,6 +195,7 @@ def rotated(builder: GraphBuilder, call: OpCall, x: str, count: int, cos: str, s
 EMITTERS: dict[str, Callable[[GraphBuilder, OpCall], str | tuple[str, ...]]] = {
     "argmax": argmax,
     "embedding": embedding,
+    "head_norm": head_norm,
     "kv_append": kv_append,
     "rms_norm": rms_norm,
     "rope": rope,

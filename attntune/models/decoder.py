@@ -48,6 +48,10 @@ class DecoderConfig:
     empty: by nothing."""
     rope_magnitude: float = 1.0
     """What cosines and sines of positions are multiplied by."""
+    window: int = 0
+    """How many tokens a token attends to, itself the last; 0: all before it."""
+    head_norm: bool = False
+    """Whether each head of queries and keys is normalised before the rotation."""
     qkv_bias: bool = False
     output_bias: bool = False
     feed_forward_bias: bool = False
@@ -78,6 +82,8 @@ class DecoderConfig:
                 shapes[f"{at}{name}.weight"] = (rows, columns)
                 if bias:
                     shapes[f"{at}{name}.bias"] = (rows,)
+            if self.head_norm:
+                shapes[f"{at}attention.norm.weight"] = (self.heads + self.kv_heads, self.head_dim)
             norm(f"{at}attention_norm")
             norm(f"{at}feed_forward_norm")
         norm("norm")
@@ -137,7 +143,7 @@ def random_weights(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray
         if name.startswith("rope.") or name == "head.weight":
             continue
         values = rng.standard_normal(shape, dtype=np.float32)
-        if len(shape) > 1:
+        if len(shape) > 1 and "norm.weight" not in name:
             values /= np.float32(np.sqrt(shape[1]))
         else:
             values = np.float32(0.1) * values + np.float32(1.0 if "norm.weight" in name else 0.0)

@@ -28,6 +28,20 @@ class Angles(nn.Module):  # type: ignore[misc]
         self.sin = nn.Parameter((positions, head_dim // 2), "float32")
 
 
+class HeadNorm(nn.Module):  # type: ignore[misc]
+    """Normalisation of each head of queries and keys; weight (heads + kv_heads, head_dim)."""
+
+    def __init__(self, c: DecoderConfig) -> None:
+        super().__init__()
+        self.sizes: dict[str, Any] = {"heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim}
+        self.weight = nn.Parameter((c.heads + c.kv_heads, c.head_dim), "float32")
+        self.eps = c.eps
+
+    def forward(self, qkv: Any) -> Any:
+        """Qkv (batch, seq, (heads + 2·kv_heads)·head_dim) → the same shape."""
+        return op.head_norm(qkv, self.weight, **self.sizes, eps=self.eps)
+
+
 class CausalSelfAttention(nn.Module):  # type: ignore[misc]
     """Grouped-query attention, causal; queries, keys and values come from one product, the residual joins the last."""
 
@@ -35,21 +49,27 @@ class CausalSelfAttention(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.sizes: dict[str, Any] = {"heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim}
         self.style = c.rope
+        self.seen: dict[str, Any] = {"causal": True, "window": c.window}
         width = c.heads * c.head_dim
         self.qkv = Linear(c.hidden_size, width + 2 * c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.norm = HeadNorm(c) if c.head_norm else None
         self.output = Linear(width, c.hidden_size, bias=c.output_bias)
 
-    def _rotated(self, x: Any, rope: Angles | None) -> Any:
+    def _projected(self, x: Any) -> Any:
         qkv = self.qkv(x)
+        return qkv if self.norm is None else self.norm(qkv)
+
+    def _rotated(self, x: Any, rope: Angles | None) -> Any:
+        qkv = self._projected(x)
         return qkv if rope is None else op.rope(qkv, rope.cos, rope.sin, **self.sizes, style=self.style)
 
     def forward(self, x: Any, rope: Angles | None, residual: Any) -> Any:
         """X and residual (batch, seq, hidden) → (batch, seq, hidden)."""
-        return self.output(op.attention(self._rotated(x, rope), **self.sizes, causal=True), residual)
+        return self.output(op.attention(self._rotated(x, rope), **self.sizes, **self.seen), residual)
 
     def attend(self, x: Any, rope: Angles | None, residual: Any) -> tuple[Any, Any]:
         """As :meth:`forward`, with the weights (batch, heads, seq, seq)."""
-        context, weights = op.attention(self._rotated(x, rope), **self.sizes, causal=True, weights=True)
+        context, weights = op.attention(self._rotated(x, rope), **self.sizes, **self.seen, weights=True)
         return self.output(context, residual), weights
 
     def cached(self, x: Any, rope: Angles | None, lengths: Any, keys: Any, values: Any, residual: Any) -> Any:
@@ -59,9 +79,9 @@ class CausalSelfAttention(nn.Module):  # type: ignore[misc]
         """
         angles = () if rope is None else (rope.cos, rope.sin)
         query, keys, values = op.kv_append(
-            self.qkv(x), lengths, keys, values, *angles, **self.sizes, style=self.style
+            self._projected(x), lengths, keys, values, *angles, **self.sizes, style=self.style
         )  # fmt: skip
-        context = op.attention(query, keys, values, **self.sizes, causal=True, lengths=lengths)
+        context = op.attention(query, keys, values, **self.sizes, **self.seen, lengths=lengths)
         return self.output(context, residual)
 
 

@@ -1,4 +1,4 @@
-"""GGUF files (llama.cpp): Llama and Qwen2 decoders, dequantised, with their tokenizer and chat template."""
+"""GGUF files (llama.cpp): Llama, Qwen2 and Qwen3 decoders, dequantised, with their tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from attntune.models.gguf_tokenizer import tokenizer_files
 from attntune.models.model import Model
 
 #: ``general.architecture`` → style of rotary embedding, and whether queries, keys and values have biases.
-_ARCHITECTURES = {"llama": ("interleaved", False), "qwen2": ("half", True)}
+_ARCHITECTURES = {"llama": ("interleaved", False), "qwen2": ("half", True), "qwen3": ("half", False)}
 #: Name of a part of a layer at Hugging Face → in a GGUF file.
 _PARTS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -179,6 +181,7 @@ def config_from_metadata(fields: Mapping[str, Any], source: str) -> decoder.Deco
         rope_theta=theta,
         rope_factors=scaled.factors,
         rope_magnitude=scaled.magnitude,
+        head_norm=architecture == "qwen3",
         qkv_bias=bias,
     )
 

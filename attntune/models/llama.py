@@ -1,4 +1,4 @@
-"""Llama decoders (Touvron et al., 2023; Llama 3) and those built like them: Mistral, Qwen2, SmolLM2.
+"""Llama decoders (Touvron et al., 2023; Llama 3) and those built like them: Mistral, Phi-3, Qwen2, Qwen3, SmolLM2.
 
 Rotary positions, grouped-query attention, RMS normalisation, gated feed-forward.
 """
@@ -16,8 +16,10 @@ from attntune.models.decoder import DecoderConfig
 from attntune.models.tensors import Checkpoint
 
 #: ``model_type`` → whether the projections of queries, keys and values have biases when the config does not say.
-FAMILIES = {"llama": False, "mistral": False, "qwen2": True}
+FAMILIES = {"llama": False, "mistral": False, "phi3": False, "qwen2": True, "qwen3": False}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+#: Families of which every layer has the config's ``sliding_window``.
+_WINDOWED = ("mistral", "phi3")
 #: Fields whose only supported value is the default.
 _FIXED = {"use_sliding_window": False, "pretraining_tp": 1, "partial_rotary_factor": 1.0}
 #: Buffers that old checkpoints carry.
@@ -48,8 +50,9 @@ def config_from_json(fields: Mapping[str, Any]) -> DecoderConfig:
     )  # fmt: skip
     scaling = fields.get("rope_scaling") or {}
     rope = {**(fields.get("rope_parameters") or {}), **scaling}
-    if family == "mistral" and fields.get("sliding_window") is not None:
-        raise unsupported("sliding_window", fields["sliding_window"], None)
+    window = fields.get("sliding_window") if family in _WINDOWED else None
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise unsupported("sliding_window", window, "a positive number of tokens, or null")
     require_fixed(fields, _FIXED)
     require_fixed(rope, {"partial_rotary_factor": 1.0})
     if others := set(fields.get("layer_types") or ()) - {"full_attention"}:
@@ -81,6 +84,8 @@ def config_from_json(fields: Mapping[str, Any]) -> DecoderConfig:
         rope_theta=theta,
         rope_factors=scaled.factors,
         rope_magnitude=scaled.magnitude,
+        window=window if window and window < fields["max_position_embeddings"] else 0,
+        head_norm=family == "qwen3",
         qkv_bias=bias,
         output_bias=bias and family != "qwen2",
         feed_forward_bias=bool(fields.get("mlp_bias", False)),
@@ -92,6 +97,7 @@ def rename(
     tensors: Mapping[str, np.ndarray],
     *,
     tied: bool,
+    fused: bool = False,
     source: str = "config.json",
     spelled: Callable[[str], str] = lambda name: name,
 ) -> dict[str, np.ndarray]:
@@ -101,6 +107,7 @@ def rename(
         config: what their shapes follow from.
         tensors: by the names of the file.
         tied: whether the vocabulary projection is the embedding's table.
+        fused: whether the file has one weight for queries, keys and values, and one for gate and up, as Phi-3's do.
         source: of ``config``, for error messages.
         spelled: from Hugging Face's name of a tensor to the file's, where the file is another's.
 
@@ -121,11 +128,20 @@ def rename(
                 vectors = [found.take(f"{at}{n}.bias", r) for n, r in zip(names, rows, strict=True)]
                 weights[f"{target}.bias"] = np.concatenate(vectors)
 
-        attention = [f"self_attn.{part}_proj" for part in "qkv"]
-        joined(f"{ours}attention.qkv", attention, list(widths), h, c.qkv_bias, theirs)
+        attention, attention_rows = [f"self_attn.{part}_proj" for part in "qkv"], list(widths)
+        gated, gated_rows = ["mlp.gate_proj", "mlp.up_proj"], [c.inner] * 2
+        if fused:
+            attention, attention_rows = ["self_attn.qkv_proj"], [sum(widths)]
+            gated, gated_rows = ["mlp.gate_up_proj"], [2 * c.inner]
+        joined(f"{ours}attention.qkv", attention, attention_rows, h, c.qkv_bias, theirs)
+        if c.head_norm:
+            normed = [
+                np.broadcast_to(found.take(f"{theirs}self_attn.{part}_norm.weight", c.head_dim), (count, c.head_dim))
+                for part, count in (("q", c.heads), ("k", c.kv_heads))
+            ]
+            weights[f"{ours}attention.norm.weight"] = np.concatenate(normed)
         joined(f"{ours}attention.output", ["self_attn.o_proj"], [h], widths[0], c.output_bias, theirs)
-        gated = ["mlp.gate_proj", "mlp.up_proj"]
-        joined(f"{ours}feed_forward.up", gated, [c.inner] * 2, h, c.feed_forward_bias, theirs)
+        joined(f"{ours}feed_forward.up", gated, gated_rows, h, c.feed_forward_bias, theirs)
         joined(f"{ours}feed_forward.down", ["mlp.down_proj"], [h], c.inner, c.feed_forward_bias, theirs)
         weights[f"{ours}attention_norm.weight"] = found.take(f"{theirs}input_layernorm.weight", h)
         weights[f"{ours}feed_forward_norm.weight"] = found.take(f"{theirs}post_attention_layernorm.weight", h)

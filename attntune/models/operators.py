@@ -75,6 +75,7 @@ def attention(
     lengths: Any | None = None,
     length_kind: str = "kv",
     weights: bool = False,
+    window: int = 0,
 ) -> Any:
     """One operand: packed qkv (batch, seq, (heads + 2·kv_heads)·head_dim); three: query, key, value.
 
@@ -82,7 +83,7 @@ def attention(
 
     mask (batch, kv_len) int64, bias (1|batch, 1|heads, q_len, kv_len), lengths (batch,) int32, of the keys or with
     ``length_kind="qkv"`` of the queries too → (batch, q_len, heads·head_dim); with ``weights`` also the softmax
-    (batch, heads, q_len, kv_len) float32.
+    (batch, heads, q_len, kv_len) float32. With a ``window`` a causal query sees the last so many keys up to its own.
     """
     attrs: dict[str, Any] = {
         "heads": heads, "kv_heads": kv_heads or heads, "head_dim": head_dim, "packed": len(operands) == 1,
@@ -96,6 +97,8 @@ def attention(
         attrs["lengths"] = length_kind
     if weights:
         attrs["weights"] = True
+    if window:
+        attrs["window"] = window
     args = [*operands, *(arg for arg in (mask, bias, lengths) if arg is not None)]
     first = operands[0]
     out = ((first.shape[0], first.shape[1], heads * head_dim), first.dtype)
@@ -154,6 +157,12 @@ def embedding(
     }  # fmt: skip
     args = [arg for arg in (ids, table, position, lengths) if arg is not None]
     return emit("embedding", attrs, args, (*ids.shape, table.shape[1]), table.dtype)
+
+
+def head_norm(qkv: Any, weight: Any, *, heads: int, kv_heads: int, head_dim: int, eps: float) -> Any:
+    """Queries and keys of qkv (…, (heads + 2·kv_heads)·head_dim) over their root mean square, head by head."""
+    attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "eps": eps}
+    return emit("head_norm", attrs, [qkv, weight], qkv.shape, qkv.dtype)
 
 
 def rope(qkv: Any, cos: Any, sin: Any, *, heads: int, kv_heads: int, head_dim: int, style: str = "half") -> Any:

@@ -10,6 +10,7 @@ from attntune.ops.additive_attention import AdditiveAttention
 from attntune.ops.attention import Attention
 from attntune.ops.embedding import Embedding
 from attntune.ops.embedding_norm import EmbeddingNorm
+from attntune.ops.head_norm import HeadNorm
 from attntune.ops.kv_append import KVAppend
 from attntune.ops.layer_norm import LayerNorm
 from attntune.ops.linear import Linear
@@ -37,6 +38,7 @@ REGISTRY: dict[str, type[Workload]] = {
         Embedding,
         EmbeddingNorm,
         GRUSequence,
+        HeadNorm,
         KVAppend,
         LSTMSequence,
         LayerNorm,
@@ -63,6 +65,7 @@ __all__ = [
     "Embedding",
     "EmbeddingNorm",
     "GRUSequence",
+    "HeadNorm",
     "KVAppend",
     "LSTMSequence",
     "LayerNorm",

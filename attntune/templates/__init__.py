@@ -14,6 +14,7 @@ from attntune.templates.cpu.attention_decode import AttentionDecodeCPU
 from attntune.templates.cpu.embedding_grouped import EmbeddingGroupedCPU
 from attntune.templates.cpu.embedding_norm import EmbeddingNormCPU
 from attntune.templates.cpu.generic import GenericCPU
+from attntune.templates.cpu.head_norm import HeadNormCPU
 from attntune.templates.cpu.layer_norm import LayerNormCPU
 from attntune.templates.cpu.linear import LinearCPU
 from attntune.templates.cpu.mean_pool import MeanPoolCPU
@@ -50,6 +51,7 @@ REGISTRY: tuple[ScheduleTemplate, ...] = (
     EmbeddingGroupedCPU(),
     EmbeddingNormCPU(),
     GRUSequenceCPU(),
+    HeadNormCPU(),
     KVAppendCPU(),
     LSTMSequenceCPU(),
     LayerNormCPU(),

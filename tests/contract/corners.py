@@ -16,6 +16,7 @@ from attntune.ops import (
     Embedding,
     EmbeddingNorm,
     GRUSequence,
+    HeadNorm,
     KVAppend,
     LayerNorm,
     Linear,
@@ -198,6 +199,15 @@ CORNERS: dict[str, tuple[Workload, ...]] = {
         PrependToken(3, 4, 96),
         PrependToken(2, 5, 33, dtype="bfloat16"),
         PrependToken(1, 5, 64, dtype="bfloat16", out_dtype="float32"),
+    ),
+    "head_norm": (
+        HeadNorm(6, 4, 2, 16),
+        HeadNorm(1, 1, 1, 1),
+        HeadNorm(5, 3, 1, 37, eps=1e-5),
+        HeadNorm(7, 3, 3, 80),
+        HeadNorm(3, 16, 8, 128),
+        HeadNorm(3, 4, 2, 64, dtype="bfloat16"),
+        HeadNorm(2, 2, 1, 41, dtype="bfloat16"),
     ),
     "rope": (
         Rope(2, 7, 4, 2, 16, 9),

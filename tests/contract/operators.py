@@ -22,6 +22,7 @@ from attntune.ops import (
     Embedding,
     EmbeddingNorm,
     GRUSequence,
+    HeadNorm,
     KVAppend,
     LayerNorm,
     Linear,
@@ -272,6 +273,23 @@ ROWS: dict[str, Row] = {
         call=({}, ((2, 7, 37), (37,), (8, 37)), PrependToken(2, 7, 37)),
         drawn=st.builds(PrependToken, batch=_FEW, seq=st.integers(1, 30), features=_SIZES),
         wrong=({"seq": 0}, {"dtype": "int8"}),
+    ),
+    "head_norm": Row(
+        workloads=CORNERS["head_norm"],
+        oracle=oracles.head_norm,
+        call=(
+            {"heads": 4, "kv_heads": 2, "head_dim": 16, "eps": 1e-6},
+            ((2, 3, 128), (6, 16)),
+            HeadNorm(6, 4, 2, 16),
+        ),
+        drawn=st.builds(
+            HeadNorm,
+            rows=st.integers(1, 20),
+            heads=st.integers(1, 4),
+            kv_heads=st.integers(1, 3),
+            head_dim=st.integers(1, 80),
+        ),
+        wrong=({"heads": 0}, {"eps": 0.0}, {"dtype": "int64"}),
     ),
     "rope": Row(
         workloads=CORNERS["rope"],

@@ -11,6 +11,7 @@ from attntune.ops import (
     Attention,
     Embedding,
     EmbeddingNorm,
+    HeadNorm,
     KVAppend,
     LayerNorm,
     Linear,
@@ -268,6 +269,16 @@ def rope(w: Rope, qkv, cos, sin):
             for h in range(w.heads + w.kv_heads):
                 at = slice(h * w.head_dim, (h + 1) * w.head_dim)
                 y[b, s, at] = _turn(qkv[b, s, at], cos[s], sin[s], w.style)
+    return y
+
+
+def head_norm(w: HeadNorm, qkv, weight):
+    from torch.nn import functional as F
+
+    y = qkv.clone()
+    for h in range(w.heads + w.kv_heads):
+        at = slice(h * w.head_dim, (h + 1) * w.head_dim)
+        y[:, at] = F.rms_norm(qkv[:, at], (w.head_dim,), weight[h], w.eps)
     return y
 
 

@@ -59,19 +59,28 @@ def _random(shapes, seed):
 def llama_tensors(config, seed=0):
     """Every tensor of a Llama-like checkpoint, float32."""
     h, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    kv = h // config["num_attention_heads"] * config["num_key_value_heads"]
+    head_dim = config.get("head_dim", h // config["num_attention_heads"])
+    width, kv = (head_dim * config[name] for name in ("num_attention_heads", "num_key_value_heads"))
     shapes = {"model.embed_tokens.weight": (vocab, h), "model.norm.weight": (h,)}
     for index in range(config["num_hidden_layers"]):
         at = f"model.layers.{index}."
         for name, rows, columns in (
-            ("self_attn.q_proj", h, h), ("self_attn.k_proj", kv, h), ("self_attn.v_proj", kv, h),
-            ("self_attn.o_proj", h, h), ("mlp.gate_proj", inner, h), ("mlp.up_proj", inner, h),
+            ("self_attn.q_proj", width, h), ("self_attn.k_proj", kv, h), ("self_attn.v_proj", kv, h),
+            ("self_attn.o_proj", h, width), ("mlp.gate_proj", inner, h), ("mlp.up_proj", inner, h),
             ("mlp.down_proj", h, inner),
         ):  # fmt: skip
             shapes[f"{at}{name}.weight"] = (rows, columns)
             if config["model_type"] == "qwen2" and name[-6:] in ("q_proj", "k_proj", "v_proj"):
                 shapes[f"{at}{name}.bias"] = (rows,)
+        if config["model_type"] == "qwen3":
+            shapes[f"{at}self_attn.q_norm.weight"] = shapes[f"{at}self_attn.k_norm.weight"] = (head_dim,)
         shapes[f"{at}input_layernorm.weight"] = shapes[f"{at}post_attention_layernorm.weight"] = (h,)
+    if config["model_type"] == "phi3":
+        for index in range(config["num_hidden_layers"]):
+            at = f"model.layers.{index}."
+            for target, parts in (("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+                                  ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"))):  # fmt: skip
+                shapes[f"{at}{target}.weight"] = (sum(shapes.pop(f"{at}{part}.weight")[0] for part in parts), h)
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (vocab, h)
     return _random(shapes, seed)

@@ -57,19 +57,22 @@ def yarn_scaling(theta, half, factor, trained, fast, slow):
     return scaled
 
 
-def attend(q, k, v):
+def attend(q, k, v, window=0):
     """Causal attention of q (batch, seq, heads, head_dim) over fewer key heads → (batch, seq, heads·head_dim)."""
     groups = q.unflatten(2, (k.shape[2], -1))
     scores = torch.einsum("bqkgd,bskd->bkgqs", groups, k) / q.shape[-1] ** 0.5
-    future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    unseen = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
+    if window:
+        unseen |= torch.ones_like(unseen).tril(-window)
+    weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
     return torch.einsum("bkgqs,bskd->bqkgd", weights, v).flatten(2), weights.flatten(1, 2)
 
 
 @torch.inference_mode()
 def llama_logits(
-    t, ids, *, layers, heads, kv_heads, eps, theta, interleaved=False, scaled=lambda frequency: frequency, magnitude=1.0
-):
+    t, ids, *, layers, heads, kv_heads, eps, theta, interleaved=False, scaled=lambda frequency: frequency,
+    magnitude=1.0, window=0,
+):  # fmt: skip
     """Logits (batch, seq, vocab) from tensors by Hugging Face's names; optional biases where they are there."""
 
     def linear(x, name):
@@ -82,14 +85,24 @@ def llama_logits(
     for index in range(layers):
         at = f"model.layers.{index}."
         y = norm(x, at + "input_layernorm")
-        q, k, v = (
-            linear(y, f"{at}self_attn.{name}_proj").unflatten(-1, (count, -1))
-            for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
-        )
-        mixed, _ = attend(*(rotate(part, theta, interleaved, scaled, magnitude) for part in (q, k)), v)
+        counts = heads, kv_heads, kv_heads
+        if f"{at}self_attn.qkv_proj.weight" in t:
+            q, k, v = linear(y, f"{at}self_attn.qkv_proj").unflatten(-1, (sum(counts), -1)).split(counts, -2)
+        else:
+            q, k, v = (
+                linear(y, f"{at}self_attn.{name}_proj").unflatten(-1, (count, -1))
+                for name, count in zip("qkv", counts, strict=True)
+            )
+        if f"{at}self_attn.q_norm.weight" in t:
+            q, k = norm(q, f"{at}self_attn.q_norm"), norm(k, f"{at}self_attn.k_norm")
+        mixed, _ = attend(*(rotate(part, theta, interleaved, scaled, magnitude) for part in (q, k)), v, window)
         x = x + linear(mixed, at + "self_attn.o_proj")
         y = norm(x, at + "post_attention_layernorm")
-        x = x + linear(F.silu(linear(y, at + "mlp.gate_proj")) * linear(y, at + "mlp.up_proj"), at + "mlp.down_proj")
+        if f"{at}mlp.gate_up_proj.weight" in t:
+            gate, up = linear(y, at + "mlp.gate_up_proj").chunk(2, -1)
+        else:
+            gate, up = linear(y, at + "mlp.gate_proj"), linear(y, at + "mlp.up_proj")
+        x = x + linear(F.silu(gate) * up, at + "mlp.down_proj")
     head = t.get("lm_head.weight", t["model.embed_tokens.weight"])
     return F.linear(norm(x, "model.norm"), head)
 

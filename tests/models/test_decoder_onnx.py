@@ -20,6 +20,9 @@ CONFIGS = {
     "interleaved": DecoderConfig(
         61, 32, 1, 4, 4, 8, 48, 40, "rms", 1e-5, "silu", True, rope="interleaved", qkv_bias=True
     ),
+    "normed heads in a window": DecoderConfig(
+        61, 32, 2, 4, 2, 8, 48, 40, "rms", 1e-3, "silu", True, rope="half", head_norm=True, window=3
+    ),
     "learned": DecoderConfig(
         61, 32, 2, 4, 4, 8, 48, 40, "layer", 1e-5, "gelu_tanh", False,
         qkv_bias=True, output_bias=True, feed_forward_bias=True,

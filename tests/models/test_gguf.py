@@ -19,7 +19,8 @@ gguf = pytest.importorskip("gguf")
 
 PARTS = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
 IDS = np.random.default_rng(7).integers(0, LLAMA["vocab_size"], (2, 12))
@@ -100,6 +101,7 @@ VARIANTS: dict = {
         {"scaled": yarn_scaling(500.0, 4, 2.5, 32, 32.0, 1.0), "magnitude": 1 + 0.1 * np.log(2.5)},
     ),
     "qwen2": ({"architecture": "qwen2"}, {}),
+    "qwen3": ({"architecture": "qwen3"}, {}),
 }  # fmt: skip
 
 
@@ -108,7 +110,7 @@ def test_it_computes_what_the_checkpoint_it_was_made_from_computes(tmp_path, var
     fields, scaled = VARIANTS[variant]
     tensors = llama_tensors({**LLAMA, "model_type": fields.get("architecture", "llama")})
     model = from_pretrained(write_gguf(tmp_path / "tiny.gguf", tensors, **fields))
-    assert model.config["rope"] == ("half" if variant == "qwen2" else "interleaved")
+    assert model.config["rope"] == ("half" if "qwen" in variant else "interleaved")
     assert model.family == fields.get("architecture", "llama")
     tuned = TunedModel(compile(model, shapes=[{"batch": 2, "seq": 8, "context": 16}]))
     torch_tensors = {name: torch.from_numpy(value) for name, value in tensors.items()}
@@ -162,7 +164,10 @@ def test_command_line_draws_what_its_tokens_attend_to(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"architecture": "mamba"}, r"general.architecture 'mamba' is not supported; expected \['llama', 'qwen2'\]"),
+        (
+            {"architecture": "mamba"},
+            r"general.architecture 'mamba' is not supported; expected \['llama', 'qwen2', 'qwen3'\]",
+        ),
         ({"tokenizer": "rwkv"}, r"tokenizer.ggml.model 'rwkv' is not supported; expected \['gpt2', 'llama'\]"),
         ({"rope_factors": np.ones(3, np.float32)}, "expected rope_freqs.weight of 4 values, got"),
         ({"pre": "tekken"}, "tokenizer.ggml.pre 'tekken' is not supported; expected .*smollm"),

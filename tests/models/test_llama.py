@@ -33,12 +33,15 @@ VARIANTS: dict = {
         "model_type": "qwen2", "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 20.0},
     },
+    "mistral with a window": {"model_type": "mistral", "sliding_window": 5},
+    "phi3": {"model_type": "phi3", "sliding_window": 3, "rope_scaling": None},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "rms_norm_eps": 1e-3},
 }  # fmt: skip
 
 
 def oracle(config, tensors, ids):
     theta = config.get("rope_parameters", config)["rope_theta"]
-    scaling = config.get("rope_scaling", {})
+    scaling = config.get("rope_scaling") or {}
     scaled = {}
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind == "llama3":
@@ -57,6 +60,7 @@ def oracle(config, tensors, ids):
         kv_heads=config["num_key_value_heads"],
         eps=config["rms_norm_eps"],
         theta=theta,
+        window=config.get("sliding_window", 0),
         **scaled,
     ).numpy()
 
@@ -118,7 +122,8 @@ def test_the_config_of_generation_says_where_a_text_ends(tmp_path):
         ({"hidden_act": "xielu"}, "hidden_act 'xielu' is not supported; expected one of"),
         ({"num_key_value_heads": 4}, "num_key_value_heads 4 is not supported; expected 'a divisor of"),
         ({"rms_norm_eps": None}, r"lacks \['rms_norm_eps'\]"),
-        ({"model_type": "mistral", "sliding_window": 16}, "sliding_window 16 is not supported"),
+        ({"model_type": "mistral", "sliding_window": -1}, "sliding_window -1 is not supported; expected 'a positive"),
+        ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window True is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
     ],
 )
