@@ -68,6 +68,17 @@ Beside linear layers, which read 33 to 42 GB/s in four to six streams a core, on
     as above                                     26, 29, 27, 30    17, 21, 20, 20    22, 22, 22, 20
     keys from four places in turns               28, 31, 30, 34    17, 22, 22, 22    25, 26, 25, 21
 
+Grouped heads then still wait for memory while values are summed and leave it idle while keys are scored. GB/s of the 40
+that memory gave, a cache among 160 MB of others, 500 and 2,036 keys:
+
+    heads                                                              12/12      9/3       32/8
+    as above                                                          39, 42    24, 30    27, 30
+    values asked for as their keys are scored, the next block's keys
+      as values are summed, each pass some lines of them              39, 40    26, 30    32, 34
+    + blocks of 32 keys (12/12: as above)                             39, 42    27, 33    33, 37
+    the same with blocks of 32 keys, all asked for 16 ahead                     23, 28    24, 25
+    keys 16 ahead and whole in the first pass, values as they come: 0 to 5 % slower than by passes
+
 The same on Emerald Rapids, GB/s of the 23 to 24 it read then (12/12, 32/8: 2,036 of 2,048 keys; 9/3: 768 of 1,024):
 
                                                      float32              bfloat16
@@ -129,22 +140,34 @@ class AttentionDecodeCPU(ScheduleTemplate):
             # Places from which a core reads its keys in turns.
             Knob("streams", (1, 2, 4)),
         ]
-        return ConfigSpace(knobs, [lambda config: config["streams"] == 1 or not config["heads_inside"]])
+        if target.vector_registers < 32:
+            # Whether values are asked for while their keys are scored, and the next block's keys while values are
+            # summed; not known to help elsewhere.
+            knobs.append(Knob("prefetch_in_turn", (False, True)))
+
+        def fits(config: Config) -> bool:
+            one_way = not (config["prefetch"] and config.get("prefetch_in_turn", False))
+            apart = config["streams"] == 1 and not config.get("prefetch_in_turn", False)
+            return one_way and (apart or not config["heads_inside"])
+
+        return ConfigSpace(knobs, [fits])
 
     def default(self, workload: Workload, target: Target) -> Config:
         """The fewest splits that keep every core busy; small blocks, and keys read once for as many rows as fit.
 
         Keys and values take turns in small pieces, so that all streams stay with the prefetchers; heads that lie apart
         are read from four places at a time (measured on Zen 3 and Emerald Rapids). With few registers a block's own
-        cost counts for more than that, and heads that lie side by side are read as they lie.
+        cost counts for more than that, grouped heads ask for values while they score keys and for keys while they sum
+        values, and heads that lie side by side are read as they lie.
         """
         w = _attention(workload)
         rows = w.q_len * (w.heads // w.kv_heads)
         few = target.vector_registers < 32
         inside = few and not w.heads_apart("key")
         # What is masked at the end of a cache is a block's own cost too. (Without: 3 % faster with small ones.)
-        wanted = 8 if inside or (few and (rows > 1 or w.lengths)) else 1
-        asks = rows > 1 and not inside if few else asks_ahead(target)
+        in_turn = few and rows > 1 and not inside
+        wanted = 4 if in_turn else 8 if inside or (few and w.lengths) else 1
+        asks = not few and asks_ahead(target)
 
         def cost(config: Config) -> tuple[float, str]:
             tasks = _tasks(w, config)
@@ -157,6 +180,7 @@ class AttentionDecodeCPU(ScheduleTemplate):
                 # Such a block is in the first-level cache, where each row may read it by itself.
                 held = 1.0 + 0.01 * scored + 0.01 * summed
             asked = 1.0 if bool(config["prefetch"]) == asks else 1.01
+            asked *= 1.0 if config.get("prefetch_in_turn", in_turn) == in_turn else 1.01
             order = 1.0 if config["heads_inside"] == inside else 1.05
             order *= 1.0 if config["streams"] == (1 if config["heads_inside"] else 4) else 1.02
             return imbalance * block * held * asked * order * (1.0 + 0.01 * config.integer("splits")), config.key()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,7 @@ class DecodeKernel(DecodeScores):
                 self.part = T.sblock_alloc_buffer((pairs * splits, self.padded_rows, self.dims * self.lanes), "float32")
                 self.top = T.sblock_alloc_buffer((pairs * splits, self.padded_rows), "float32")
                 self.total = T.sblock_alloc_buffer((pairs * splits, self.padded_rows), "float32")
-                code = (bf16.LLVM_IR if self.halved else "") + (PREFETCH_IR if self.prefetch else "")
+                code = (bf16.LLVM_IR if self.halved else "") + (PREFETCH_IR if self.prefetch or self.in_turn else "")
                 imports = {"pragma_import_llvm": code} if code else {}
                 heads = self.task_heads
                 with T.parallel(pairs * splits // heads, annotations=imports) as task, T.sblock("split"):
@@ -148,16 +149,6 @@ class DecodeKernel(DecodeScores):
             self._each_head(task, lambda: self._scores(first, t))
         self._each_head(task, rest)
 
-    def _ask_for(self, j: Any) -> None:
-        """A key and its value, to the second-level cache."""
-        from tvm.tirx.script.builder import ir as T
-
-        row = T.bind(T.min(j, self.end - 1))
-        for name in ("key", "value"):
-            line = 16 if self.w.dtype == "float32" else 32
-            for d in range(0, self.w.head_dim, line):
-                self.v.prefetch(self.lines[name], self._at(name, self.b, self.head, row, d), 2)
-
     def _softmax(self, r: Any, tiles: Any) -> None:
         from tvm.tirx.script.builder import ir as T
 
@@ -187,6 +178,15 @@ class DecodeKernel(DecodeScores):
 
         v, lanes, rows = self.v, self.lanes, self.out_rows
         acc = T.sblock_alloc_buffer((rows, count, lanes), "float32", scope="local")
+        passes = math.ceil(self.dims / self.dims_held)
+
+        def ask(key: Any) -> None:
+            if self.in_turn:
+                self._ask_for("key", key + self.key_block // self.streams, low // self.dims_held, passes)
+            elif self.prefetch and low == 0:
+                self._ask_for("key", key + self.prefetch // self.streams)
+                self._ask_for("value", key + self.prefetch // self.streams)
+
         row = [T.bind(self.at + T.min(rt * rows + a, self.rows - 1)) for a in range(rows)]
         for a in range(rows):
             for e in range(count):
@@ -196,14 +196,12 @@ class DecodeKernel(DecodeScores):
             for stream in range(self.streams):
                 j = n * self.streams + stream
                 key = T.bind(self._key_row(first + n * self.streams, stream))
-                # Of all tiles of a key's weighted sums, the first asks.
-                if self.prefetch and low == 0:
-                    ahead = key + self.prefetch // self.streams
-                    if self.padded_rows == rows:
-                        self._ask_for(ahead)
-                    else:
-                        with T.If(rt == 0), T.Then():
-                            self._ask_for(ahead)
+                # Of all rows' tiles, the first asks.
+                if self.padded_rows == rows or not (self.prefetch or self.in_turn):
+                    ask(key)
+                else:
+                    with T.If(rt == 0), T.Then():
+                        ask(key)
                 values = self._vectors("value", key if self.streams == 1 else T.min(key, self.end - 1), low, count)
                 if rows > 1:
                     values = [T.bind(value) for value in values]

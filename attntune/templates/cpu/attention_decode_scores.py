@@ -19,6 +19,8 @@ class DecodeScores:
 
     operand: dict[str, Any]
     """Operands by name, of bfloat16 as float32."""
+    lines: dict[str, Any]
+    """Operands by name, as they lie in memory."""
     pairs: dict[str, Any]
     """Operands of bfloat16 as pairs, where :attr:`halved`."""
     p: Any
@@ -51,6 +53,8 @@ class DecodeScores:
         self.score_rows = config.integer("score_rows")
         self.out_rows = config.integer("out_rows")
         self.prefetch = config.integer("prefetch")
+        #: Whether values are asked for while their keys are scored, and the next block's keys while values are summed.
+        self.in_turn = bool(config.get("prefetch_in_turn", False))
         self.streams = config.integer("streams")
         self.heads_inside = bool(config["heads_inside"])
         #: Heads of keys and values that a task has.
@@ -119,6 +123,17 @@ class DecodeScores:
                 vectors.append(tirx.Shuffle(elements, list(range(lanes))))
         return vectors
 
+    def _ask_for(self, name: str, j: Any, part: int = 0, parts: int = 1) -> None:
+        """Row ``j`` of keys or values to the second-level cache, or one of ``parts`` of its lines."""
+        from tvm.tirx.script.builder import ir as T
+
+        row = T.bind(T.min(j, self.end - 1))
+        elements = 16 if self.w.dtype == "float32" else 32
+        lines = math.ceil(self.w.head_dim / elements)
+        for line in range(lines):
+            if line * parts // lines == part:
+                self.v.prefetch(self.lines[name], self._at(name, self.b, self.head, row, line * elements), 2)
+
     def _scale_queries(self) -> None:
         """All rows' queries of a head in the units of scores, zeros past the head's end."""
         from tvm import tirx
@@ -142,6 +157,10 @@ class DecodeScores:
         """Scores of all rows of a head against a vector of keys."""
         from tvm.tirx.script.builder import ir as T
 
+        if self.in_turn:
+            at = T.bind(first + t * self.lanes)
+            for a in range(self.lanes):
+                self._ask_for("value", self._key_row(at, a))
         together, left = divmod(self.rows, self.score_rows)
         with T.serial(together) as rt:
             self._score_tile(first, t, rt * self.score_rows, self.score_rows)
