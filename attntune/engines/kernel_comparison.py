@@ -105,7 +105,7 @@ class KernelComparison:
     results: tuple[KernelResult, ...]
     engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     peaks: Mapping[str, Any] = field(default_factory=dict)
-    """The best measurement of each limit, before, after and beside the rounds of the suite; see ``measure_peaks``."""
+    """Of each limit the best measurement before and after the suite, or what was done beside its best rounds."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
     time: str = ""

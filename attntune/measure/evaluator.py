@@ -32,7 +32,7 @@ HOPELESS = 3.0
 BEHIND = 1.3
 """One this many times slower is given three samples instead of all."""
 _MIN_L3_BYTES = 32 * 1024**2
-#: Weights smaller than this stay in a core's own caches from one layer to the next.
+#: Weights and caches smaller than this stay in a core's own caches from one layer to the next.
 _SMALL_BYTES = 64 * 1024
 
 _cpus: tuple[int, ...] = ()
@@ -111,27 +111,28 @@ class Operands(KeptOperands):
         self.updated = [self.inputs[self.names.index(name)] for name in workload.updated]
         self.outputs = [*self.fresh, *self.updated]
         self.tensors = [as_tensor(operand.array) for operand in (*self.inputs, *self.fresh)]
-        constants = [i for i, spec in enumerate(workload.inputs()) if spec.constant]
-        self.rotation = self._rotation(constants, max(trial.target.l3_bytes, _MIN_L3_BYTES))
+        own = [i for i, spec in enumerate(workload.inputs()) if spec.constant or spec.name in workload.resident]
+        self.rotation = self._rotation(own, max(trial.target.l3_bytes, _MIN_L3_BYTES))
 
-    def _rotation(self, constants: Sequence[int], cache_bytes: int) -> list[list[Any]]:
-        """The tensors once for each copy of the weights, of which there are enough to overflow the last cache.
+    def _rotation(self, own: Sequence[int], cache_bytes: int) -> list[list[Any]]:
+        """The tensors once for each copy of a layer's ``own``, of which there are enough to overflow the last cache.
 
-        In a model the same kernel meets other weights at each layer; timed on one copy, it would find them in cache.
+        In a model the same kernel meets other weights, keys and values at each layer; timed on one copy, it would find
+        them in cache.
         """
-        size = sum(self.inputs[i].array.nbytes for i in constants)
+        size = sum(self.inputs[i].array.nbytes for i in own)
         copies = math.ceil(cache_bytes / size) if size >= _SMALL_BYTES else 1
         rotation = [self.tensors]
         for _ in range(copies - 1):
             tensors = list(self.tensors)
-            for i in constants:
+            for i in own:
                 copy = GuardedArray.holding(self.inputs[i].array)
                 tensors[i] = as_tensor(copy.array)
             rotation.append(tensors)
         return rotation
 
     def turns(self, function: Any) -> Callable[[], Any]:
-        """A call of ``function`` on the next copy of the weights each time."""
+        """A call of ``function`` on the next copy of what a layer has of its own each time."""
         calls = itertools.cycle([partial(function, *tensors) for tensors in self.rotation])
         return lambda: next(calls)()
 

@@ -40,8 +40,8 @@ class MeasureOptions:
     """A sample averages as many calls as fill this time. Cold samples are one call each."""
     samples: int = 8
     cache: str = "hot"
-    """``hot``: activations stay in cache between calls, and large weights rotate through copies that do not, as
-    in a model of many layers; ``cold``: caches are flushed before each call."""
+    """``hot``: activations stay in cache between calls, and large weights and key-value caches rotate through copies
+    that do not, as in a model of many layers; ``cold``: caches are flushed before each call."""
     build_timeout_secs: float = 30.0
     run_timeout_secs: float = 30.0
     """For checking and timing one candidate together, its operands and reference included."""

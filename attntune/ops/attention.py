@@ -195,6 +195,12 @@ class Attention(Workload):
             weights=bool(attrs.get("weights", False)),
         )  # fmt: skip
 
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Keys and values of a cache, or of what few queries attend to again and again."""
+        few = not self.packed and 4 * self.q_len < self.kv_len
+        return ("key", "value") if few or self.lengths == "kv" else ()
+
     def heads_apart(self, name: str) -> bool:
         """Whether the operand ``query``, ``key``, ``value`` or ``out`` has an axis of heads, before that of rows."""
         return (self.kv_layout if name in ("key", "value") and self.kv_layout else self.layout) == "bhsd"

@@ -74,6 +74,11 @@ class Workload(ABC):
         """
         return ()
 
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Inputs that a model keeps from call to call, each layer its own, beside its constants; none by default."""
+        return ()
+
     def fresh(self) -> tuple[TensorSpec, ...]:
         """The outputs that the kernel is given memory for: all but the updated ones."""
         specs = self.outputs()

@@ -22,12 +22,14 @@ from attntune.database.query import Database  # noqa: E402
 from attntune.database.record import Status, TuningRecord  # noqa: E402
 from attntune.errors import TargetError, TuningError  # noqa: E402
 from attntune.measure.buffers import GuardedArray, as_tensor  # noqa: E402
-from attntune.measure.evaluator import mismatch  # noqa: E402
+from attntune.measure.evaluator import Operands, mismatch  # noqa: E402
 from attntune.measure.runner import LocalRunner  # noqa: E402
 from attntune.measure.threads import load_runtime  # noqa: E402
 from attntune.measure.trial import MeasureOptions, Trial  # noqa: E402
+from attntune.ops import Attention, Linear  # noqa: E402
 from attntune.search.space import Config  # noqa: E402
 from attntune.target import PRESETS, native  # noqa: E402
+from attntune.templates import template_for  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 W = Double(1024)
@@ -308,3 +310,31 @@ def test_guarded_arrays(dtype):
 
 def test_runtime_loads_once():
     assert load_runtime() is load_runtime()
+
+
+@pytest.mark.parametrize(
+    ("workload", "own"),
+    [
+        (Linear(1, 512, 1024), {"weight", "bias"}),
+        (Linear(1, 32, 32), set()),
+        (Attention(1, 6, 1, 1024, 64, kv_heads=2, causal=True, lengths="kv", kv_layout="bhsd"), {"key", "value"}),
+        (Attention(1, 6, 4, 1500, 64), {"key", "value"}),
+        (Attention(1, 6, 256, 256, 64), set()),
+    ],
+)
+def test_what_layers_have_of_their_own_comes_from_memory(workload, own):
+    """Its copies are met in turns, and are larger together than the last cache; the rest is one tensor."""
+    template = template_for(workload, TARGET)
+    trial = Trial(workload, TARGET, template.reference_name(), template.default(workload, TARGET))
+    operands, met = Operands(trial, reference=False), []
+    turn = operands.turns(lambda *tensors: met.append(tensors))
+    for _ in operands.rotation:
+        turn()
+    apart = {}
+    for name, *tensors in zip(operands.names, *met, strict=False):
+        apart[name] = {tensor.numpy().ctypes.data for tensor in tensors}
+    assert {name for name, places in apart.items() if len(places) == len(met) > 1} == own
+    assert all(len(places) == 1 for name, places in apart.items() if name not in own)
+    if own:
+        size = sum(operands.inputs[operands.names.index(name)].array.nbytes for name in own)
+        assert size * len(met) >= TARGET.l3_bytes
