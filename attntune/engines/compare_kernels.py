@@ -266,14 +266,16 @@ def _beside(
     return tuple(work / rate for rate in rates)
 
 
+#: What the peaks of a suite are, for its table.
+_SOURCE = "the best measurement before and after, or what was done beside the best twentieth of rounds"
+
+
 def _at_best(peaks: Mapping[str, Any], before: Mapping[str, Any], results: Sequence[KernelResult]) -> Mapping[str, Any]:
     """``peaks``, or what the machine did beside the best twentieth of rounds, where that is more.
 
     Not the very best: of a hundred measurements one or two are of a clock that was set. ``before`` told what bounds a
     workload.
     """
-    if not peaks:
-        return peaks
     rates: dict[str, list[float]] = {}
     for result in results:
         if not result.limits:
@@ -283,10 +285,12 @@ def _at_best(peaks: Mapping[str, Any], before: Mapping[str, Any], results: Seque
         work = workload.bytes_moved() if memory else workload.flops()
         found = rates.setdefault("" if memory else workload.compute_dtype, [])
         found += [work / statistics.median(turn) for turn in result.limits]
+    if not rates:
+        return peaks
     often = {name: float(np.quantile(found, 0.95, method="lower")) for name, found in rates.items()}
     flops = {dtype: max(rate, often.get(dtype, 0.0)) for dtype, rate in peaks["flops_per_sec"].items()}
     read = max(peaks["read_bytes_per_sec"], often.get("", 0.0))
-    return {**peaks, "flops_per_sec": flops, "read_bytes_per_sec": read}
+    return {**peaks, "flops_per_sec": flops, "read_bytes_per_sec": read, "source": _SOURCE}
 
 
 def _nothing(workload: Workload, cache: str) -> tuple[float, ...]:

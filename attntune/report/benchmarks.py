@@ -315,7 +315,7 @@ def _peaks(peaks: Mapping[str, Any]) -> str:
         return "peaks not measured"
     rates = [f"{_flops(rate)} {dtype}" for dtype, rate in peaks.get("flops_per_sec", {}).items()]
     how = peaks.get(
-        "source", "the best measurement before and after, or what was done beside the best twentieth of rounds"
+        "source", "the better of two measurements, before and after"
     )
     return f"measured peaks {', '.join(rates)}, {peaks.get('read_bytes_per_sec', 0) / 1e9:.1f} GB/s read ({how})"
 
