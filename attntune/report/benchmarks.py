@@ -314,9 +314,7 @@ def _peaks(peaks: Mapping[str, Any]) -> str:
     if not peaks:
         return "peaks not measured"
     rates = [f"{_flops(rate)} {dtype}" for dtype, rate in peaks.get("flops_per_sec", {}).items()]
-    how = peaks.get(
-        "source", "the better of two measurements, before and after"
-    )
+    how = peaks.get("source", "the better of two measurements, before and after")
     return f"measured peaks {', '.join(rates)}, {peaks.get('read_bytes_per_sec', 0) / 1e9:.1f} GB/s read ({how})"
 
 
