@@ -20,6 +20,8 @@ FAMILIES = {"llama": False, "mistral": False, "phi3": False, "qwen2": True, "qwe
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 #: Families of which every layer has the config's ``sliding_window``.
 _WINDOWED = ("mistral", "phi3")
+#: Families whose files have one weight for queries, keys and values, and one for gate and up.
+FUSED = ("phi3",)
 #: Fields whose only supported value is the default.
 _FIXED = {"use_sliding_window": False, "pretraining_tp": 1, "partial_rotary_factor": 1.0}
 #: Buffers that old checkpoints carry.
@@ -107,7 +109,7 @@ def rename(
         config: what their shapes follow from.
         tensors: by the names of the file.
         tied: whether the vocabulary projection is the embedding's table.
-        fused: whether the file has one weight for queries, keys and values, and one for gate and up, as Phi-3's do.
+        fused: whether the file is of one of :data:`FUSED`.
         source: of ``config``, for error messages.
         spelled: from Hugging Face's name of a tensor to the file's, where the file is another's.
 

@@ -24,7 +24,7 @@ def _load_bert(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dir
 
 def _load_llama(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], directory: Path) -> Model:
     config = llama.config_from_json(fields)
-    fused = fields["model_type"] == "phi3"
+    fused = fields["model_type"] in llama.FUSED
     weights = llama.rename(config, tensors, tied=llama.is_tied(fields, tensors), fused=fused)
     name = _name(fields, directory)
     model = decoder.build(config, weights, name, family=fields["model_type"], stop=_stop(fields, directory))

@@ -60,6 +60,7 @@ class Row:
 
 _SIZES = st.one_of(st.integers(1, 40), st.sampled_from([47, 61, 64, 96, 100, 127, 128, 131]))
 _FEW = st.integers(1, 9)
+_HEADS = {"heads": st.integers(1, 4), "kv_heads": st.integers(1, 3)}
 _RECURRENT = {
     "batch": _FEW, "seq": _FEW, "hidden": st.integers(1, 70), "reverse": st.booleans(), "lengths": st.booleans(),
     "initial": st.booleans(), "bias": st.booleans(),
@@ -285,8 +286,7 @@ ROWS: dict[str, Row] = {
         drawn=st.builds(
             HeadNorm,
             rows=st.integers(1, 20),
-            heads=st.integers(1, 4),
-            kv_heads=st.integers(1, 3),
+            **_HEADS,
             head_dim=st.integers(1, 80),
         ),
         wrong=({"heads": 0}, {"eps": 0.0}, {"dtype": "int64"}),
@@ -303,8 +303,7 @@ ROWS: dict[str, Row] = {
             Rope,
             batch=st.integers(1, 3),
             seq=st.integers(1, 20),
-            heads=st.integers(1, 4),
-            kv_heads=st.integers(1, 3),
+            **_HEADS,
             head_dim=st.integers(1, 40).map(lambda n: 2 * n),
             positions=st.just(20),
             style=st.sampled_from(["half", "interleaved"]),
@@ -324,8 +323,7 @@ ROWS: dict[str, Row] = {
             batch=st.integers(1, 3),
             q_len=st.integers(1, 9),
             context=st.integers(1, 40),
-            heads=st.integers(1, 4),
-            kv_heads=st.integers(1, 3),
+            **_HEADS,
             head_dim=st.integers(1, 40).map(lambda n: 2 * n),
             positions=st.just(40),
             style=st.sampled_from(["half", "interleaved"]),

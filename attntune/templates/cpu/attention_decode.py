@@ -146,9 +146,9 @@ class AttentionDecodeCPU(ScheduleTemplate):
             knobs.append(Knob("prefetch_in_turn", (False, True)))
 
         def fits(config: Config) -> bool:
-            one_way = not (config["prefetch"] and config.get("prefetch_in_turn", False))
-            apart = config["streams"] == 1 and not config.get("prefetch_in_turn", False)
-            return one_way and (apart or not config["heads_inside"])
+            if config.get("prefetch_in_turn", False):
+                return not config["prefetch"] and not config["heads_inside"]
+            return config["streams"] == 1 or not config["heads_inside"]
 
         return ConfigSpace(knobs, [fits])
 

@@ -178,14 +178,16 @@ class DecodeKernel(DecodeScores):
 
         v, lanes, rows = self.v, self.lanes, self.out_rows
         acc = T.sblock_alloc_buffer((rows, count, lanes), "float32", scope="local")
-        passes = math.ceil(self.dims / self.dims_held)
+        # Each pass over the head asks for some lines of keys, or the first for all of keys and values.
+        asked, ahead = self._lines(), self.prefetch if low == 0 else 0
+        if self.in_turn:
+            passes = math.ceil(self.dims / self.dims_held)
+            asked = [d for n, d in enumerate(asked) if n * passes // len(asked) == low // self.dims_held]
+            ahead = self.key_block if asked else 0
 
         def ask(key: Any) -> None:
-            if self.in_turn:
-                self._ask_for("key", key + self.key_block // self.streams, low // self.dims_held, passes)
-            elif self.prefetch and low == 0:
-                self._ask_for("key", key + self.prefetch // self.streams)
-                self._ask_for("value", key + self.prefetch // self.streams)
+            for name in ("key",) if self.in_turn else ("key", "value"):
+                self._ask_for(name, key + ahead // self.streams, asked)
 
         row = [T.bind(self.at + T.min(rt * rows + a, self.rows - 1)) for a in range(rows)]
         for a in range(rows):
@@ -197,9 +199,9 @@ class DecodeKernel(DecodeScores):
                 j = n * self.streams + stream
                 key = T.bind(self._key_row(first + n * self.streams, stream))
                 # Of all rows' tiles, the first asks.
-                if self.padded_rows == rows or not (self.prefetch or self.in_turn):
+                if ahead and self.padded_rows == rows:
                     ask(key)
-                else:
+                elif ahead:
                     with T.If(rt == 0), T.Then():
                         ask(key)
                 values = self._vectors("value", key if self.streams == 1 else T.min(key, self.end - 1), low, count)

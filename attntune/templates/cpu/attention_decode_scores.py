@@ -123,16 +123,17 @@ class DecodeScores:
                 vectors.append(tirx.Shuffle(elements, list(range(lanes))))
         return vectors
 
-    def _ask_for(self, name: str, j: Any, part: int = 0, parts: int = 1) -> None:
-        """Row ``j`` of keys or values to the second-level cache, or one of ``parts`` of its lines."""
+    def _lines(self) -> list[int]:
+        """Where in a row of a head its cache lines begin."""
+        return list(range(0, self.w.head_dim, 16 if self.w.dtype == "float32" else 32))
+
+    def _ask_for(self, name: str, j: Any, lines: list[int]) -> None:
+        """``lines`` of row ``j`` of keys or values, to the second-level cache."""
         from tvm.tirx.script.builder import ir as T
 
         row = T.bind(T.min(j, self.end - 1))
-        elements = 16 if self.w.dtype == "float32" else 32
-        lines = math.ceil(self.w.head_dim / elements)
-        for line in range(lines):
-            if line * parts // lines == part:
-                self.v.prefetch(self.lines[name], self._at(name, self.b, self.head, row, line * elements), 2)
+        for d in lines:
+            self.v.prefetch(self.lines[name], self._at(name, self.b, self.head, row, d), 2)
 
     def _scale_queries(self) -> None:
         """All rows' queries of a head in the units of scores, zeros past the head's end."""
@@ -160,7 +161,7 @@ class DecodeScores:
         if self.in_turn:
             at = T.bind(first + t * self.lanes)
             for a in range(self.lanes):
-                self._ask_for("value", self._key_row(at, a))
+                self._ask_for("value", self._key_row(at, a), self._lines())
         together, left = divmod(self.rows, self.score_rows)
         with T.serial(together) as rt:
             self._score_tile(first, t, rt * self.score_rows, self.score_rows)
